@@ -1,0 +1,73 @@
+"""Log lines as events: a stable name, a sentence, and plain fields; as text or as JSON lines.
+
+Nobody may pass a secret, a parameter or a result as a field. Text that comes from a toolkit goes
+through `printable` first, so that it can neither move the cursor nor forge a line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import unicodedata
+from typing import TextIO
+
+_logger = logging.getLogger("atp_sandbox")
+
+DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
+
+
+def emit(level: int, event: str, message: str, **fields: object) -> None:
+    """Log `message` under the stable name `event`; field values are plain JSON values."""
+    if _logger.isEnabledFor(level):
+        _logger.log(level, "%s", message, extra={"event": event, "fields": fields})
+
+
+def printable(text: str, *, keep_newlines: bool = False) -> str:
+    """`text` with every control, format, surrogate and unassigned character shown as an escape.
+
+    Unicode categories C* (Unicode Standard, section 4.5).
+    """
+    return "".join(
+        c if (c == "\n" and keep_newlines) or c == "\t" or unicodedata.category(c)[0] != "C"
+        else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
+
+
+class TextFormatter(logging.Formatter):
+    """`12:00:01 warning  message  key=value …`, one line an event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = getattr(record, "fields", {})
+        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} "
+        line += f"{record.levelname.lower():7} {printable(record.getMessage())}"
+        for key, value in fields.items():
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            line += f"  {key}={printable(text)}"
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `event`, `message`, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        row: dict[str, object] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            "message": record.getMessage(),
+        }
+        row.update(getattr(record, "fields", {}))
+        return json.dumps(row, default=str)
+
+
+def configure(log_format: str = "text", *, level: int = INFO, stream: TextIO | None = None) -> None:
+    """Send our events to `stream` (standard error), and nothing of other libraries' chatter."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    _logger.handlers[:] = [handler]
+    _logger.setLevel(level)
+    _logger.propagate = False

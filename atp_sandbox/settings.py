@@ -1,0 +1,78 @@
+"""What `serve` is asked to do, as values: the command line and the configuration both end here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from atp_sandbox.limits import Limits
+
+
+class LifetimeKind(StrEnum):
+    CALL = "call"
+    CALLS = "calls"
+    JAIL = "jail"
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """How long the process lives that serves a call; see ARCHITECTURE.md, "Lifetimes"."""
+
+    kind: LifetimeKind = LifetimeKind.CALL
+    calls: int = 1
+    """Calls one process serves before it is replaced; more than 1 only for `calls`."""
+
+    def __str__(self) -> str:
+        return f"calls:{self.calls}" if self.kind is LifetimeKind.CALLS else self.kind.value
+
+
+def parse_lifetime(text: str) -> Lifetime:
+    """`call`, `calls:N` (1 ≤ N ≤ 1,000,000) or `jail`; ValueError says so."""
+    kind, _, count = text.partition(":")
+    if text in ("call", "jail"):
+        return Lifetime(LifetimeKind(text))
+    if kind == "calls" and count.isascii() and count.isdigit() and 1 <= int(count) <= 1_000_000:
+        return Lifetime(LifetimeKind.CALLS, int(count))
+    raise ValueError(f"{text!r} is no lifetime; write call, calls:N (for example calls:100) or jail")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolkitSettings:
+    """One toolkit, as the operator wants it served."""
+
+    name: str
+    """Shown in logs and answers; unique within one `serve`."""
+    path: Path
+    """The Python file or the folder."""
+    data: tuple[Path, ...] = ()
+    """Files and folders that a single-file toolkit needs beside itself."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of the jail; not for secrets."""
+    limits: Limits = field(default_factory=Limits)
+    lifetime: Lifetime = field(default_factory=Lifetime)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSettings:
+    """Where to connect and as whom; None means: not said by the operator."""
+
+    api_key: str | None = field(default=None, repr=False)
+    base_url: str | None = None
+    app_name: str | None = None
+    as_written: bool = False
+    """Use the keys and addresses that the toolkits name."""
+    ws_path: str = "0.2"
+    """SDK generation of the websocket path and registration body: `0.1` or `0.2`."""
+    send_source: bool = True
+    sample_responses: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """All of one `serve`."""
+
+    toolkits: tuple[ToolkitSettings, ...]
+    backend: BackendSettings
+    state_dir: Path
+    log_format: str = "text"
