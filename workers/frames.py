@@ -7,8 +7,8 @@ frame longer than the reader allows. After a violation the stream is unusable an
 
     supervisor → warden     slot, free, kill
     warden → supervisor     up, failed, slot_ready, exited
-    supervisor → zygote     fork, become
-    zygote → supervisor     discovered, broken, stopped, fork_failed
+    supervisor → zygote     go, fork, become
+    zygote → supervisor     locked, discovered, broken, stopped, fork_failed
     supervisor → worker     call
     worker → supervisor     ready, answer
 """
@@ -58,24 +58,25 @@ FROM_WARDEN = {
     # process id inside the jail, wait status, CPU µs, peak resident KiB, remaining children
 }
 TO_ZYGOTE = {
+    "go": (),  # the supervisor has verified the confinement: import the toolkit
     "fork": (INT, INT),  # worker number, slot; with it two descriptors: call channel, output
     "become": (INT, INT),  # the same, but the zygote itself serves (lifetime "jail")
 }
 FROM_ZYGOTE = {
+    "locked": (),  # confined, waiting for "go"
     "discovered": (BYTES,),  # JSON, see workers.discovery
     "broken": (STR, STR),  # what ended the import, the end of its traceback
     "stopped": (INT,),  # number of the client whose stop() was called
     "fork_failed": (INT, INT),  # worker number, errno
 }
 TO_WORKER = {
-    "call": (BYTES, STR, BYTES, (NONE, BYTES), BOOL),
-    # random call id, tool, params as JSON, token as JSON, whether this is a sample call
+    "call": (BYTES, INT, BYTES, (NONE, BYTES), BOOL),
+    # random call id, number of the registration, params and token as JSON, whether it is a sample
 }
 FROM_WORKER = {
     "ready": (INT,),  # worker number
-    "answer": (BYTES, STR, BYTES, INT),
-    # call id, "result" / "error" / "invalid", JSON text of the value or UTF-8 of the sentence,
-    # further bytes that were not sent because of the output limit
+    "answer": (BYTES, STR, BYTES),
+    # call id; "result" and JSON text, or "error" / "invalid" and a sentence in UTF-8
 }
 
 
@@ -87,6 +88,10 @@ def encode(name: str, *values: Value) -> bytes:
     """One frame, ready to be sent."""
     body: bytes = msgpack.packb([name, *values])
     return _header.pack(len(body)) + body
+
+
+class FrameTooLong(FrameError):
+    """The peer announced a frame beyond the reader's bound; nothing of it was kept."""
 
 
 class Decoder:
@@ -106,7 +111,7 @@ class Decoder:
         while len(buffer) - start >= HEADER_BYTES:
             (length,) = _header.unpack_from(buffer, start)
             if length > self.max_frame_bytes:
-                raise FrameError(f"a frame of {length} bytes, {self.max_frame_bytes} allowed")
+                raise FrameTooLong(f"a frame of {length} bytes, {self.max_frame_bytes} allowed")
             end = start + HEADER_BYTES + length
             if len(buffer) < end:
                 break

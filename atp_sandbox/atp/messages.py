@@ -1,0 +1,209 @@
+"""What the backend says, as values, and what we say, as text: ATP's JSON over the websocket.
+
+PURE. Everything is parsed here once; nothing behind this module sees an unchecked message. No
+reason and no error text repeats anything of a payload.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from atp_sandbox.limits import MAX_JSON_DEPTH
+from atp_sandbox.outcome import Failure, Kind
+
+MAX_HELLO_CHARS = 200
+"""The backend's greeting is for the log only; longer ones are cut."""
+
+_APP_MESSAGES = frozenset({"atp_app_request", "atp_app_action", "atp_app_terminate"})
+_ABSENT: Any = object()
+
+_decode_json = json.JSONDecoder().decode
+# `allow_nan=False` finds what a `parse_constant` would and 1e999 too, which decodes to infinity.
+_encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRequest:
+    """One call that can be tried."""
+
+    request_id_json: str
+    """The id as `json.dumps` spells it: to be echoed as it is."""
+    tool: str
+    params: dict[str, Any] = field(repr=False)
+    """Strings may hold lone surrogates; every number is finite."""
+    params_json: str = field(repr=False)
+    auth_token_json: str | None = field(repr=False)
+    """Any JSON; None where the backend gave none, or one that is false in Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A request that can be answered but not run."""
+
+    request_id_json: str
+    tool: str | None
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The backend's greeting; nothing depends on it."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A message without an answer; `reason` goes to the log."""
+
+    reason: str
+
+
+def decode(payload: bytes) -> ToolRequest | Rejected | Hello | Ignored:
+    """What one websocket message, text or binary, asks for. Raises nothing."""
+    try:
+        message = _decode_json(payload.decode())
+    except RecursionError:
+        return _reject_too_deep(payload)
+    except ValueError:  # not UTF-8, not JSON, or an integer of thousands of digits
+        return Ignored("not JSON")
+    if type(message) is not dict:
+        return Ignored("not a JSON object")
+    match message.get("message_type"):
+        case "atp_tool_request":
+            content = message.get("payload")
+            if type(content) is not dict:
+                return Ignored("a tool request without a payload object")
+            # A message nested deeper has at least so many brackets; counting them is cheap.
+            may_be_deep = payload.count(b"[") + payload.count(b"{") > MAX_JSON_DEPTH
+            return _tool_request(content, may_be_deep)
+        case "atp_client_connected":
+            return _hello(message.get("payload"))
+        case str(kind) if kind in _APP_MESSAGES:
+            return Ignored(f"{kind}: app sessions are not supported")
+        case _:
+            return Ignored("unknown message type")
+
+
+def encode_response(request_id_json: str, result_json: str) -> str:
+    """The text of one `tool_response`; both arguments are JSON texts already."""
+    return f'{{"type": "tool_response", "request_id": {request_id_json}, "result": {result_json}}}'
+
+
+def _tool_request(content: dict[str, Any], may_be_deep: bool) -> ToolRequest | Rejected | Ignored:
+    request_id = content.get("request_id")
+    if request_id is None:
+        return Ignored("a tool request without a request_id")
+    if may_be_deep and _is_too_deep(request_id):
+        return Ignored("a tool request with a request_id nested too deep")
+    try:
+        request_id_json = _encode_json(request_id)
+    except ValueError:
+        return Ignored("a tool request whose request_id is not finite")
+
+    tool = content.get("tool_name", _ABSENT)
+    if type(tool) is not str:
+        problem = "is missing" if tool is _ABSENT else f"must be a string, not {_json_type(tool)}"
+        return Rejected(request_id_json, None, Failure(Kind.UNKNOWN_TOOL, f"tool_name {problem}"))
+    params = content.get("params", _ABSENT)
+    if params is _ABSENT:
+        params = {}
+    elif type(params) is not dict:
+        problem = f"params must be a JSON object, not {_json_type(params)}"
+        return _invalid_params(request_id_json, tool, problem)
+    token = content.get("auth_token") or None
+    if may_be_deep and _is_too_deep([params, token], MAX_JSON_DEPTH + 1):
+        return _invalid_params(request_id_json, tool, _TOO_DEEP)
+    try:
+        params_json = _encode_json(params)
+    except ValueError:
+        return _invalid_params(request_id_json, tool, "params " + _NOT_FINITE)
+    try:
+        token_json = None if token is None else _encode_json(token)
+    except ValueError:
+        return _invalid_params(request_id_json, tool, "auth_token " + _NOT_FINITE)
+    return ToolRequest(request_id_json, tool, params, params_json, token_json)
+
+
+_TOO_DEEP = f"params are nested more than {MAX_JSON_DEPTH} levels deep"
+_NOT_FINITE = "must hold only finite numbers, no NaN or Infinity"
+
+
+def _invalid_params(request_id_json: str, tool: str | None, sentence: str) -> Rejected:
+    return Rejected(request_id_json, tool, Failure(Kind.INVALID_PARAMS, sentence))
+
+
+def _hello(content: Any) -> Hello:
+    message = content.get("message") if type(content) is dict else None
+    return Hello(message[:MAX_HELLO_CHARS] if type(message) is str else "")
+
+
+def _json_type(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return "a number"
+
+
+def _is_too_deep(value: Any, most: int = MAX_JSON_DEPTH) -> bool:
+    """Whether containers nest more than `most` levels; level by level, so it never recurses."""
+    level = [value] if type(value) in (dict, list) else []
+    depth = 0
+    while level:
+        depth += 1
+        if depth > most:
+            return True
+        level = [
+            item
+            for container in level
+            for item in (container.values() if type(container) is dict else container)
+            if type(item) is dict or type(item) is list
+        ]
+    return False
+
+
+_JSON_PIECE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|[^"\[\]{}]+', re.DOTALL)
+_ENVELOPE_DEPTH = 2
+"""The message and its payload: everything that a rejection needs to know."""
+
+
+def _reject_too_deep(payload: bytes) -> Rejected | Ignored:
+    """The answer to a message that the decoder gave up on: its outermost levels are read alone."""
+    depth = 0
+    kept: list[str] = []
+    for piece in _JSON_PIECE.findall(payload.decode()):
+        if piece in ("[", "{"):
+            depth += 1
+            if depth > _ENVELOPE_DEPTH:
+                if depth == _ENVELOPE_DEPTH + 1:
+                    kept.append("null")
+                continue
+        elif piece in ("]", "}"):
+            depth -= 1
+            if depth >= _ENVELOPE_DEPTH:
+                continue
+        if depth <= _ENVELOPE_DEPTH:
+            kept.append(piece)
+    try:
+        message = _decode_json("".join(kept))
+        content = message["payload"]
+        request_id_json = _encode_json(content["request_id"])
+        tool = content.get("tool_name")
+        is_request = message["message_type"] == "atp_tool_request"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return Ignored("nested too deep")
+    if not is_request or request_id_json == "null":
+        return Ignored("nested too deep")
+    return _invalid_params(request_id_json, tool if type(tool) is str else None, _TOO_DEEP)

@@ -1,0 +1,99 @@
+"""What of this machine a jail may see: found by looking, once per supervisor."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import ssl
+import sys
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from atp_sandbox.confinement.plan import HostView
+
+_LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32")
+_ROOT_LINKS = ("/lib", "/lib32", "/lib64", "/libx32")
+_DATA = (
+    "/etc/ca-certificates",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/etc/mime.types",
+    "/etc/pki/ca-trust/extracted",
+    "/etc/pki/tls/certs",
+    "/etc/protocols",
+    "/etc/services",
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/usr/share/ca-certificates",
+    "/usr/share/zoneinfo",
+)
+
+
+@cache
+def host_view() -> HostView:
+    """The interpreter, its packages, shared libraries, certificates and time zones."""
+    site_path = _site_directories()
+    links = tuple((path, os.readlink(path)) for path in _ROOT_LINKS if os.path.islink(path))
+    wanted = [
+        *_interpreter_directories(),
+        *site_path,
+        *_LIBRARIES,
+        *(path for path in _ROOT_LINKS if not os.path.islink(path)),
+        *_DATA,
+        *_certificates(),
+    ]
+    return HostView(
+        read_only=tuple(path for path in wanted if os.path.exists(path)),
+        symlinks=links,
+        site_path=site_path,
+        hidden=tuple(_own_code()),
+        msgpack_path=_parent_of("msgpack"),
+    )
+
+
+def _interpreter_directories() -> list[str]:
+    names = ("stdlib", "platstdlib")
+    found = [sysconfig.get_path(name) for name in names]
+    # Inside a virtual environment `platstdlib` names a directory that holds no library.
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    found += [sysconfig.get_path(name, vars=base) for name in names]
+    return [os.path.realpath(path) for path in found if os.path.isdir(path)]
+
+
+def _site_directories() -> tuple[str, ...]:
+    """Directories of installed packages on our own path, as they are spelled there."""
+    return tuple(
+        path
+        for path in dict.fromkeys(sys.path)
+        if os.path.basename(path) in ("site-packages", "dist-packages") and os.path.isdir(path)
+    )
+
+
+def _certificates() -> Iterator[str]:
+    paths = ssl.get_default_verify_paths()
+    for path in (paths.openssl_cafile, paths.openssl_capath):
+        if path and os.path.exists(path):
+            yield path
+
+
+def _own_code() -> Iterator[str]:
+    """Where our packages and their metadata are, if among the installed ones."""
+    for package in ("atp_sandbox", "workers"):
+        path = os.path.join(_parent_of(package), package)
+        yield from {path, os.path.realpath(path)}
+    try:
+        files = importlib.metadata.distribution("atp-sandbox")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    path = getattr(files, "_path", None)
+    if isinstance(path, Path) and path.is_dir():
+        yield str(path)
+
+
+def _parent_of(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None, f"{package} is a dependency of ours"
+    return str(Path(spec.origin).absolute().parent.parent)

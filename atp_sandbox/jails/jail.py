@@ -1,0 +1,518 @@
+"""One jail and its workers: launches it, speaks with its warden and zygote, tells what happened.
+
+An I/O shell: which worker starts, gets a call or is killed, and what an end means, is decided by the
+caller (`scheduling`); here are descriptors, process handles and the order of set-up. Everything
+that a jail owns outside (process, descriptors, user id) is given back in `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from atp_sandbox.confinement.plan import ToolkitView, jail_plan, slot_count
+from atp_sandbox.jails.channel import Channel, channel_pair
+from atp_sandbox.jails.host import host_view
+from atp_sandbox.jails.output import OutputPipe
+from atp_sandbox.jails.processes import ProcessHandle, read_status
+from atp_sandbox.limits import Limits
+from atp_sandbox.loop import READ, Loop, Timer
+from workers import frames
+
+_BOOT = Path(frames.__file__).parent / "boot.py"
+_SETUP_S = 20.0
+"""From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
+_FIRST_ID = 1_879_048_192
+"""First of the user ids that systemd's table of ranges leaves unused ("Users, Groups, UIDs")."""
+_ID_COUNT = 2**27
+_FRAME_OVERHEAD_BYTES = 4_096
+"""What an answer's frame holds beside the result."""
+_used_ids: set[int] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class JailSpec:
+    """What to launch."""
+
+    toolkit: ToolkitView
+    limits: Limits
+    calls_per_worker: int
+    mountpoint: Path
+    """An empty directory of the supervisor; every jail mounts on it in a namespace of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetupFailure:
+    """Why a jail did not come to the toolkit's import: which step, and what was refused."""
+
+    step: str
+    message: str
+
+
+class JailListener(Protocol):
+    """What a jail tells its owner. Numbers of workers are the owner's own."""
+
+    def jail_discovered(self, jail: Jail, report: bytes, threads: int) -> None: ...
+    def jail_broken(self, jail: Jail, what: str, traceback_end: str) -> None: ...
+    def jail_setup_failed(self, jail: Jail, failure: SetupFailure) -> None: ...
+    def jail_ended(self, jail: Jail, reason: str) -> None: ...
+    def client_stopped(self, jail: Jail, client: int) -> None: ...
+    def worker_ready(self, jail: Jail, number: int) -> None: ...
+    def worker_answered(
+        self, jail: Jail, number: int, call_id: bytes, kind: str, body: bytes
+    ) -> None: ...
+    def worker_broke_rules(self, jail: Jail, number: int, error: frames.FrameError) -> None: ...
+    def worker_hung_up(self, jail: Jail, number: int) -> None: ...
+    def worker_exited(self, jail: Jail, number: int, exited: Exited) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """How a process ended, from the one who reaped it. `status` as of waitpid(2)."""
+
+    status: int
+    cpu_s: float
+    peak_bytes: int
+
+
+class _Worker:
+    """Our side of one worker process; owns its channel, output pipe and handle."""
+
+    def __init__(self, number: int, slot: int, output: OutputPipe) -> None:
+        self.number = number
+        self.slot = slot
+        self.output = output
+        self.channel: Channel | None = None
+        self.handle: ProcessHandle | None = None
+        self.inner_pid = 0
+        self.memory: psutil.Process | None = None
+        self.exited: Exited | None = None
+
+    def close(self) -> None:
+        self.output.close()
+        if self.channel is not None:
+            self.channel.close()
+        if self.handle is not None:
+            self.handle.close()
+
+
+class Jail:
+    """A warden, a zygote and its workers."""
+
+    def __init__(self, loop: Loop, spec: JailSpec, listener: JailListener) -> None:
+        self._loop = loop
+        self._spec = spec
+        self._listener = listener
+        self._workers: dict[int, _Worker] = {}
+        self._by_inner_pid: dict[int, _Worker] = {}
+        self._fresh_slots: list[int] = []
+        self._waiting_for_slot: list[tuple[str, int]] = []
+        self._strays: set[int] = set()
+        self._resting_bytes = 0
+        self._zygote_inner_pid = 0
+        self._zygote_pid = 0
+        self._warden_pid = 0
+        self._warden_handle: ProcessHandle | None = None
+        self._builder: subprocess.Popen[bytes] | None = None
+        self._setup_timer: Timer | None = None
+        self._is_locked = False
+        self._is_closed = False
+        self.output = OutputPipe(loop)
+        self._outside_id = _allocate_id() if os.geteuid() == 0 else None
+        self._launch()
+
+    # -- for the owner -----------------------------------------------------------------------------
+
+    @property
+    def worker_numbers(self) -> list[int]:
+        return list(self._workers)
+
+    def start_worker(self, number: int) -> None:
+        """Have the zygote fork worker `number`; `worker_ready` follows, or `worker_exited`."""
+        self._waiting_for_slot.append(("fork", number))
+        self._start_waiting()
+
+    def become_worker(self, number: int) -> None:
+        """Have the zygote itself serve, in a jail that is for one call."""
+        self._waiting_for_slot.append(("become", number))
+        self._start_waiting()
+
+    def send_call(
+        self, number: int, call_id: bytes, index: int, params: bytes, token: bytes | None, sample: bool
+    ) -> None:
+        """Hand one call to a ready worker."""
+        worker = self._workers.get(number)
+        if worker is not None and worker.channel is not None:
+            worker.channel.send(frames.encode("call", call_id, index, params, token, sample))
+
+    def take_output(self, number: int) -> str:
+        """What worker `number` printed since the last time."""
+        worker = self._workers.get(number)
+        return worker.output.take() if worker else ""
+
+    def kill_worker(self, number: int) -> None:
+        """SIGKILL; the caller has recorded why. `worker_exited` follows."""
+        worker = self._workers.get(number)
+        if worker is None or worker.exited is not None:
+            return
+        if worker.handle is not None:
+            worker.handle.kill()
+        else:
+            # It never said who it is, so there is nobody to aim at but the jail.
+            self._end(f"worker {number} did not start")
+
+    def added_memory_bytes(self, number: int) -> int:
+        """Resident memory that worker `number` has beyond what it started with (psutil sample)."""
+        worker = self._workers.get(number)
+        if worker is None or worker.handle is None or worker.exited is not None:
+            return 0
+        try:
+            if worker.memory is None:
+                worker.memory = psutil.Process(worker.handle.pid)
+            rss: int = worker.memory.memory_info().rss
+        except psutil.Error:
+            return 0
+        return max(0, rss - self._resting_bytes)
+
+    def zygote_memory_bytes(self) -> int:
+        """Resident memory of the zygote; 0 if it is gone."""
+        try:
+            rss: int = psutil.Process(self._zygote_pid).memory_info().rss if self._zygote_pid else 0
+        except psutil.Error:
+            return 0
+        return rss
+
+    def close(self) -> None:
+        """End the jail with everything in it and give back what it owned. Safe to call again.
+
+        No callback follows. The kernel kills the PID namespace with its first process.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._setup_timer is not None:
+            self._setup_timer.cancel()
+        self._warden_channel.close()
+        self._zygote_channel.close()
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+        self.output.close()
+        self._reap_builder()
+        if self._warden_handle is not None:
+            self._loop.unwatch(self._warden_handle.fileno())
+            self._warden_handle.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._warden_pid, 0)
+            self._warden_handle.close()
+        if self._outside_id is not None:
+            _used_ids.discard(self._outside_id)
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        spec = self._spec
+        warden_ours, warden_theirs = channel_pair()
+        zygote_ours, zygote_theirs = channel_pair()
+        plan = jail_plan(
+            host_view(),
+            spec.toolkit,
+            spec.limits,
+            outside_id=self._outside_id,
+            mountpoint=str(spec.mountpoint),
+            calls_per_worker=spec.calls_per_worker,
+        )
+        plan["warden_fd"] = warden_theirs.fileno()
+        plan["zygote_fd"] = zygote_theirs.fileno()
+        plan["output_fd"] = self.output.writer
+        plan_fd = os.memfd_create("plan")
+        with os.fdopen(os.dup(plan_fd), "w", encoding="utf-8") as file:
+            json.dump(plan, file)
+        os.lseek(plan_fd, 0, os.SEEK_SET)
+        inherited = (plan_fd, warden_theirs.fileno(), zygote_theirs.fileno(), self.output.writer)
+        self._builder = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(_BOOT), str(plan_fd)],
+            pass_fds=inherited,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=self.output.writer,
+            stderr=self.output.writer,
+            start_new_session=True,
+            cwd="/",
+        )
+        for fd in (plan_fd, self.output.writer):
+            os.close(fd)
+        warden_theirs.close()
+        zygote_theirs.close()
+        self._warden_channel = Channel(
+            self._loop,
+            warden_ours,
+            frames.Decoder(frames.FROM_WARDEN, frames.MAX_CONTROL_BYTES),
+            self._on_warden,
+            self._on_warden_closed,
+        )
+        self._zygote_channel = Channel(
+            self._loop,
+            zygote_ours,
+            frames.Decoder(frames.FROM_ZYGOTE, frames.MAX_DISCOVERED_BYTES),
+            self._on_zygote,
+            self._on_zygote_closed,
+        )
+        self._setup_timer = self._loop.call_later(_SETUP_S, self._on_setup_timeout)
+
+    def _on_setup_timeout(self) -> None:
+        self._fail_setup("start", f"the jail was not ready within {_SETUP_S:.0f} s")
+
+    def _fail_setup(self, step: str, message: str) -> None:
+        printed = self.output.take().strip()
+        self.close()
+        if printed:
+            message = f"{message}: {printed[-500:]}"
+        self._listener.jail_setup_failed(self, SetupFailure(step, message))
+
+    def _reap_builder(self) -> None:
+        if self._builder is not None:
+            if self._warden_pid == 0:
+                self._builder.kill()
+            self._builder.wait()
+            self._builder = None
+
+    def _on_up(self, pid: int, zygote_inner_pid: int) -> None:
+        """The warden speaks: it is our child, so its number cannot have been used again."""
+        self._warden_pid = pid
+        self._warden_channel.peer_pid = pid
+        self._warden_handle = ProcessHandle(pid)
+        self._zygote_inner_pid = zygote_inner_pid
+        self._reap_builder()
+        self._loop.watch(
+            self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
+        )
+        for slot in range(1, slot_count(self._spec.limits)):
+            self._warden_channel.send(frames.encode("slot", slot))
+
+    def _on_locked(self, pid: int) -> None:
+        """Look at the confined zygote from outside before any foreign code runs in it."""
+        status = read_status(pid)
+        wrong = ""
+        if status.capabilities:
+            wrong = "it still has capabilities"
+        elif not status.no_new_privs:
+            wrong = "no_new_privs is not set"
+        elif status.namespace_depth < 2:
+            wrong = "it is in no PID namespace of its own"
+        elif self._outside_id is not None and status.uid != self._outside_id:
+            wrong = f"it runs as user {status.uid}"
+        if wrong:
+            self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
+            return
+        self._is_locked = True
+        self._zygote_pid = pid
+        self._zygote_channel.peer_pid = pid
+        assert self._setup_timer is not None
+        self._setup_timer.cancel()
+        self._zygote_channel.send(frames.encode("go"))
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def _on_warden(self, message: frames.Message, sender: int) -> None:
+        match message[0]:
+            case "failed":
+                self._fail_setup(message[1], message[3])
+            case "up":
+                self._on_up(sender, message[1])
+            case "slot_ready":
+                self._fresh_slots.append(message[1])
+                self._start_waiting()
+            case "exited":
+                _, inner_pid, status, cpu_us, peak_kib, left = message
+                exited = Exited(status, cpu_us / 1e6, peak_kib * 1024)
+                self._on_exited(inner_pid, exited, left)
+
+    def _on_exited(self, inner_pid: int, exited: Exited, left: list[int]) -> None:
+        if inner_pid == self._zygote_inner_pid:
+            # What it sent before it ended counts: a report of a broken import, or a last answer.
+            self._zygote_channel.read_now()
+            for worker in list(self._workers.values()):
+                if worker.inner_pid == inner_pid:
+                    self._finish_worker(worker, exited)
+            self._end(_describe_exit("its zygote", exited.status))
+            return
+        worker = self._by_inner_pid.get(inner_pid)
+        if worker is None:
+            self._adopt_silent_exit(inner_pid, exited)
+        else:
+            self._finish_worker(worker, exited)
+        self._strays = set(left)
+        self._kill_strays()
+
+    def _adopt_silent_exit(self, inner_pid: int, exited: Exited) -> None:
+        """A child ended that never spoke: a stray, or a worker whose first word is still unread."""
+        for worker in list(self._workers.values()):
+            if not worker.inner_pid and worker.channel is not None:
+                worker.channel.read_now()
+                if worker.inner_pid == inner_pid:
+                    self._finish_worker(worker, exited)
+                    return
+
+    def _finish_worker(self, worker: _Worker, exited: Exited) -> None:
+        if worker.channel is not None:
+            worker.channel.read_now()
+        if self._is_closed or worker.exited is not None:
+            return
+        worker.exited = exited
+        self._listener.worker_exited(self, worker.number, exited)
+        self._forget(worker)
+
+    def _forget(self, worker: _Worker) -> None:
+        worker.close()
+        self._workers.pop(worker.number, None)
+        self._by_inner_pid.pop(worker.inner_pid, None)
+        if not self._is_closed:
+            self._warden_channel.send(frames.encode("slot", worker.slot))
+
+    def _kill_strays(self) -> None:
+        """End processes that outlived the worker that made them.
+
+        While a worker is starting, a child of the warden that we do not know may be that one.
+        """
+        if any(worker.inner_pid == 0 for worker in self._workers.values()):
+            return
+        strays = self._strays - self._by_inner_pid.keys() - {self._zygote_inner_pid}
+        self._strays = set()
+        if strays and not self._is_closed:
+            self._warden_channel.send(frames.encode("kill", sorted(strays)))
+
+    def _on_zygote(self, message: frames.Message, sender: int) -> None:
+        if not self._is_locked:
+            if message[0] == "locked":
+                self._on_locked(sender)
+            else:
+                self._fail_setup("verification", "the zygote spoke before it was confined")
+            return
+        match message[0]:
+            case "discovered":
+                self._listener.jail_discovered(self, message[1], read_status(sender).threads)
+            case "broken":
+                self._listener.jail_broken(self, message[1], message[2])
+            case "stopped":
+                self._listener.client_stopped(self, message[1])
+            case "fork_failed":
+                self._on_fork_failed(message[1], message[2])
+            case _:
+                self._end("its zygote repeated itself")
+
+    def _on_fork_failed(self, number: int, errno: int) -> None:
+        worker = self._workers.get(number)
+        if worker is None or worker.inner_pid:
+            self._end("its zygote spoke of a worker that is not starting")
+            return
+        self._listener.worker_hung_up(self, number)
+        self._finish_worker(worker, Exited(os.W_EXITCODE(errno & 0x7F, 0), 0.0, 0))
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _start_waiting(self) -> None:
+        while self._waiting_for_slot and self._fresh_slots and not self._is_closed:
+            how, number = self._waiting_for_slot.pop(0)
+            self._start(how, number, self._fresh_slots.pop())
+
+    def _start(self, how: str, number: int, slot: int) -> None:
+        ours, theirs = channel_pair()
+        worker = _Worker(number, slot, OutputPipe(self._loop))
+        self._workers[number] = worker
+        limit = self._spec.limits.output_bytes + _FRAME_OVERHEAD_BYTES
+        worker.channel = Channel(
+            self._loop,
+            ours,
+            frames.Decoder(frames.FROM_WORKER, limit),
+            lambda message, sender: self._on_worker(worker, message, sender),
+            lambda error: self._on_worker_closed(worker, error),
+        )
+        self._zygote_channel.send(
+            frames.encode(how, number, slot), (theirs.detach(), worker.output.writer)
+        )
+
+    def _on_worker(self, worker: _Worker, message: frames.Message, sender: int) -> None:
+        if message[0] == "answer" and worker.inner_pid:
+            _, call_id, kind, body = message
+            self._listener.worker_answered(self, worker.number, call_id, kind, body)
+        elif message[0] == "ready" and not worker.inner_pid and message[1] == worker.number:
+            self._identify(worker, sender)
+        else:
+            error = frames.FrameError(f"{message[0]} out of turn")
+            self._listener.worker_broke_rules(self, worker.number, error)
+
+    def _identify(self, worker: _Worker, pid: int) -> None:
+        """Open a handle on the process that spoke, and make sure that it is one of this jail's."""
+        assert worker.channel is not None
+        try:
+            handle = ProcessHandle(pid)
+            status = read_status(pid)
+        except ProcessLookupError:
+            return  # it has ended; the warden will say how
+        worker.handle = handle
+        is_zygote = pid == self._zygote_pid
+        if status.parent_pid != self._warden_pid:
+            self._end("a worker is no child of its warden")
+            return
+        worker.channel.peer_pid = pid
+        worker.inner_pid = status.inner_pid
+        if not self._resting_bytes:
+            # All workers of a zygote start alike, so the first one is measured for all.
+            with contextlib.suppress(psutil.Error):
+                self._resting_bytes = psutil.Process(pid).memory_info().rss
+        if not is_zygote:
+            self._by_inner_pid[status.inner_pid] = worker
+        self._listener.worker_ready(self, worker.number)
+        self._kill_strays()
+
+    def _on_worker_closed(self, worker: _Worker, error: frames.FrameError | None) -> None:
+        if error is not None:
+            self._listener.worker_broke_rules(self, worker.number, error)
+        else:
+            self._listener.worker_hung_up(self, worker.number)
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def _on_warden_closed(self, error: frames.FrameError | None) -> None:
+        self._end("its warden ended" if error is None else f"its warden: {error}")
+
+    def _on_zygote_closed(self, error: frames.FrameError | None) -> None:
+        if error is not None:
+            self._end(f"its zygote broke the protocol: {error}")
+        # An orderly end is told by the warden, with the exit status.
+
+    def _end(self, reason: str) -> None:
+        if self._is_closed:
+            return
+        if not self._is_locked:
+            self._fail_setup("start", reason)
+            return
+        self.close()
+        self._listener.jail_ended(self, reason)
+
+
+def _describe_exit(who: str, status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"{who} was ended by signal {os.WTERMSIG(status)}"
+    return f"{who} ended with exit status {os.WEXITSTATUS(status)}"
+
+
+def _allocate_id() -> int:
+    """A user id that no other jail of ours has: per-user kernel counters are then not shared."""
+    while True:
+        candidate = _FIRST_ID + secrets.randbelow(_ID_COUNT)
+        if candidate not in _used_ids:
+            _used_ids.add(candidate)
+            return candidate
+
+

@@ -1,0 +1,72 @@
+"""What the kernel says about a process of a jail: read from outside, never asked of it. proc(5)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """The lines of `/proc/PID/status` that decisions rest on."""
+
+    parent_pid: int
+    inner_pid: int
+    """Its process id in the innermost PID namespace."""
+    namespace_depth: int
+    uid: int
+    threads: int
+    no_new_privs: bool
+    capabilities: int
+    """Effective, permitted, inheritable, bounding and ambient sets, joined."""
+
+
+def read_status(pid: int) -> ProcessStatus:
+    """The status of process `pid`; ProcessLookupError if there is none."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            rows = dict(line.split(":", 1) for line in file if ":" in line)
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    inner = rows["NSpid"].split()
+    sets = ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
+    capabilities = 0
+    for name in sets:
+        capabilities |= int(rows[name], 16)
+    return ProcessStatus(
+        parent_pid=int(rows["PPid"]),
+        inner_pid=int(inner[-1]),
+        namespace_depth=len(inner),
+        uid=int(rows["Uid"].split()[0]),
+        threads=int(rows["Threads"]),
+        no_new_privs=rows["NoNewPrivs"].strip() == "1",
+        capabilities=capabilities,
+    )
+
+
+class ProcessHandle:
+    """A process by descriptor (pidfd_open(2)), so that a reused number is never hit. Owns it."""
+
+    def __init__(self, pid: int) -> None:
+        """ProcessLookupError if the process is gone. Verify who it is after opening."""
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """SIGKILL; nothing if it has ended."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def fileno(self) -> int:
+        """Readable once the process has ended."""
+        return self._fd
+
+    def close(self) -> None:
+        """Safe to call again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+

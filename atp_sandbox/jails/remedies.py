@@ -1,0 +1,55 @@
+"""Each step of a jail's set-up that can be refused: what it protects, and how to get it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atp_sandbox.errors import IsolationError
+from atp_sandbox.jails.jail import SetupFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    layer: str
+    """What is missing, in the field's terms."""
+    tip: str
+
+
+_NAMESPACES = Remedy(
+    "user namespaces",
+    "Run as root, or allow unprivileged user namespaces: "
+    "sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+    "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 24.04 and later), "
+    "sysctl user.max_user_namespaces=15000; inside a container allow unshare and mount.",
+)
+_MOUNTS = Remedy(
+    "mount namespace",
+    "Linux 5.12 or later is needed (mount_setattr); inside a container allow mount and pivot_root.",
+)
+REMEDIES = {
+    "mount_namespace": _MOUNTS,
+    "root": _MOUNTS,
+    "pivot_root": Remedy(
+        "mount namespace",
+        "Inside a container, /proc must not be masked and mount and pivot_root must be allowed.",
+    ),
+    "identity": Remedy("unprivileged user", "The supervisor needs CAP_SETUID and CAP_SETGID."),
+    "namespaces": _NAMESPACES,
+    "nested_namespaces": _NAMESPACES,
+    "hostname": _NAMESPACES,
+    "loopback": Remedy("network namespace", "The kernel needs CONFIG_NET_NS."),
+    "scratch": Remedy("scratch directories", "The kernel must allow tmpfs in user namespaces."),
+    "verification": Remedy("verification", "This is a bug or an unsupported kernel; report it."),
+    "start": Remedy("start of the jail", "Look at the cause; the machine may be out of memory."),
+}
+
+
+def isolation_error(failure: SetupFailure) -> IsolationError:
+    """The error that names the layer, the cause and the remedy."""
+    remedy = REMEDIES[failure.step]
+    return IsolationError(
+        remedy.layer,
+        f"This machine cannot enforce: {remedy.layer} (step {failure.step}).",
+        cause=failure.message,
+        tip=remedy.tip,
+    )

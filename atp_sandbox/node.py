@@ -1,0 +1,151 @@
+"""The local node: toolkits in, one outcome for each call out.
+
+The seam to the supervisor is small on purpose (ARCHITECTURE.md, "Beyond one machine"): submit, drain,
+state; outcomes and what toolkits say of themselves come back as events.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from atp_sandbox import log
+from atp_sandbox.discovery import Discovery
+from atp_sandbox.errors import SandboxError
+from atp_sandbox.jails.snapshot import SnapshotHold, take_snapshot
+from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.outcome import Failure, Kind, Outcome
+from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
+from atp_sandbox.settings import ToolkitSettings
+from atp_sandbox.state import prepare
+from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
+
+MEMORY_SAMPLE_S = 0.02
+"""Between two looks at what running calls use; a page fault costs 4 µs, so 20 MB slip through."""
+OUTPUT_S = 1.0
+"""Between two looks at what toolkits print outside of calls."""
+_DISCOVERIES_AT_ONCE = 4
+
+
+class NodeListener(Protocol):
+    """What a node tells the supervisor."""
+
+    def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None: ...
+    def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None: ...
+    def client_stopped(self, toolkit: ServedToolkit, client: int) -> None: ...
+    def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None: ...
+
+
+class Node:
+    """Owns the toolkits of this machine, their snapshots and the directory jails are built on."""
+
+    def __init__(self, loop: Loop, state_dir: Path, listener: NodeListener) -> None:
+        """SandboxError if the state directory cannot be used."""
+        prepare(state_dir)
+        self._loop = loop
+        self._listener = listener
+        self._store = state_dir / "snapshots"
+        self._run_directory = tempfile.TemporaryDirectory(prefix="node-", dir=state_dir / "run")
+        self._mountpoint = Path(self._run_directory.name)
+        self._holds: list[SnapshotHold] = []
+        self._toolkits: dict[str, ServedToolkit] = {}
+        self._to_discover: deque[ServedToolkit] = deque()
+        self._discovering: set[str] = set()
+        self._memory_timer: Timer | None = None
+        self._output_timer: Timer | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call waits or runs."""
+        return all(toolkit.is_idle for toolkit in self._toolkits.values())
+
+    @property
+    def toolkits(self) -> Iterable[ServedToolkit]:
+        return self._toolkits.values()
+
+    def add(self, settings: ToolkitSettings) -> None:
+        """Take a snapshot of the toolkit and find out in a jail what it registers.
+
+        ToolkitError if its files cannot be read. One of `toolkit_discovered` and `toolkit_failed`
+        follows.
+        """
+        snapshot = take_snapshot(settings.path, settings.data, self._store)
+        for line in snapshot.skipped:
+            log.emit(log.WARNING, "snapshot_skipped", line, toolkit=settings.name)
+        self._holds.append(SnapshotHold(snapshot))
+        toolkit = ServedToolkit(self._loop, settings, snapshot, self._mountpoint, self)
+        self._toolkits[settings.name] = toolkit
+        self._to_discover.append(toolkit)
+        self._discover_next()
+        if self._memory_timer is None:
+            self._watch_memory()
+            self._log_output()
+
+    def submit(self, call: NodeCall) -> None:
+        """Run `call`; `call_finished` follows exactly once."""
+        toolkit = self._toolkits.get(call.toolkit)
+        if toolkit is None or toolkit.state is State.FAILED:
+            failure = Failure(Kind.UNAVAILABLE, f"The toolkit {call.toolkit} is not served.")
+            self.call_finished(call, failure, "")
+        else:
+            toolkit.submit(call)
+
+    def stop_toolkit(self, name: str) -> None:
+        """Take no more calls for one toolkit; what runs goes on."""
+        self._toolkits[name].refuse(UNAVAILABLE_STOPPED)
+
+    def drain(self) -> None:
+        """Take no more calls; those that wait are answered `unavailable`, those that run go on."""
+        for toolkit in self._toolkits.values():
+            toolkit.refuse(UNAVAILABLE_DRAINING)
+
+    def close(self) -> None:
+        """End every jail and give back what the node owned. Safe to call again."""
+        for timer in (self._memory_timer, self._output_timer):
+            if timer is not None:
+                timer.cancel()
+        for toolkit in self._toolkits.values():
+            toolkit.close()
+        for hold in self._holds:
+            hold.close()
+        self._holds.clear()
+        self._run_directory.cleanup()
+
+    # -- what toolkits tell ------------------------------------------------------------------------
+
+    def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None:
+        self._discovering.discard(toolkit.name)
+        self._listener.toolkit_discovered(toolkit, discovery)
+        self._discover_next()
+
+    def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None:
+        self._discovering.discard(toolkit.name)
+        self._listener.toolkit_failed(toolkit, error)
+        self._discover_next()
+
+    def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
+        self._listener.client_stopped(toolkit, client)
+
+    def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
+        self._listener.call_finished(call, outcome, printed)
+
+    # -- within ------------------------------------------------------------------------------------
+
+    def _discover_next(self) -> None:
+        while self._to_discover and len(self._discovering) < _DISCOVERIES_AT_ONCE:
+            toolkit = self._to_discover.popleft()
+            self._discovering.add(toolkit.name)
+            toolkit.discover()
+
+    def _watch_memory(self) -> None:
+        for toolkit in self._toolkits.values():
+            toolkit.watch_memory()
+        self._memory_timer = self._loop.call_later(MEMORY_SAMPLE_S, self._watch_memory)
+
+    def _log_output(self) -> None:
+        for toolkit in self._toolkits.values():
+            toolkit.log_output()
+        self._output_timer = self._loop.call_later(OUTPUT_S, self._log_output)

@@ -1,0 +1,351 @@
+"""Which worker serves which call, when to start one and when to end one. PURE: no I/O, no clock.
+
+One pool a toolkit. Each method is an event with `now` and returns the commands that follow; the
+shell carries them out in order. A worker's life is the table `NEXT_STATE`: a pair that is missing
+there is a bug of ours.
+
+Every call that was submitted gets exactly one `Conclude`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from atp_sandbox.limits import Limits
+from atp_sandbox.outcome import Failure, Kind, Outcome
+from atp_sandbox.scheduling import verdict
+from atp_sandbox.settings import Lifetime, LifetimeKind
+
+MAX_AHEAD = 2
+"""Workers that wait ready beyond those at work; each costs a few hundred pages."""
+START_S = 10.0
+"""From the command to start a worker to its first word; usually one to five milliseconds."""
+END_S = 1.0
+"""From a worker's last answer, or our SIGKILL, to its end."""
+HUNG_UP_S = 0.25
+"""From the end of a busy worker's channel to its exit; longer means that it closed it itself."""
+_FIRST_RETRY_S = 0.1
+_MAX_RETRY_S = 30.0
+
+
+class State(Enum):
+    """Where a worker is in its life."""
+
+    STARTING = auto()
+    READY = auto()
+    BUSY = auto()
+    ENDING = auto()
+
+
+class Event(Enum):
+    """What can happen to a worker."""
+
+    SPOKE = auto()
+    ASSIGNED = auto()
+    ANSWERED = auto()
+    ANSWERED_LAST = auto()
+    KILLED = auto()
+
+
+NEXT_STATE: dict[State, dict[Event, State]] = {
+    State.STARTING: {Event.SPOKE: State.READY, Event.KILLED: State.ENDING},
+    State.READY: {Event.ASSIGNED: State.BUSY, Event.KILLED: State.ENDING},
+    State.BUSY: {
+        Event.ANSWERED: State.READY,
+        Event.ANSWERED_LAST: State.ENDING,
+        Event.KILLED: State.ENDING,
+    },
+    State.ENDING: {Event.KILLED: State.ENDING},
+}
+
+
+class Call:
+    """One call as the pool sees it; `payload` is the shell's."""
+
+    __slots__ = ("deadline", "payload", "received_at", "size_bytes", "worker")
+
+    def __init__(
+        self, payload: object, *, received_at: float, deadline: float, size_bytes: int
+    ) -> None:
+        self.payload = payload
+        self.received_at = received_at
+        self.deadline = deadline
+        self.size_bytes = size_bytes
+        self.worker: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    number: int
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End worker `number`; why is in the outcome that was concluded before."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """`call` is over; `number` is the worker it ran on, None if it never ran."""
+
+    call: Call
+    outcome: Outcome
+    number: int | None
+
+
+Command = StartWorker | Assign | Kill | Conclude
+
+
+class _Worker:
+    __slots__ = ("call", "number", "served", "state", "until")
+
+    def __init__(self, number: int, until: float) -> None:
+        self.number = number
+        self.state = State.STARTING
+        self.call: Call | None = None
+        self.served = 0
+        self.until: float | None = until
+        """When the present state has lasted too long; None if it may last."""
+
+    def move(self, event: Event, until: float | None = None) -> None:
+        self.state = NEXT_STATE[self.state][event]
+        self.until = until
+
+
+class Pool:
+    """Calls of one toolkit, waiting and at work, and its workers."""
+
+    def __init__(self, limits: Limits, lifetime: Lifetime) -> None:
+        self._limits = limits
+        self._start_s = START_S
+        if lifetime.kind is LifetimeKind.JAIL:
+            self._start_s += limits.import_time_s
+        self._calls_per_worker = lifetime.calls if lifetime.kind is LifetimeKind.CALLS else 1
+        self._ahead = 1 if lifetime.kind is LifetimeKind.JAIL else min(MAX_AHEAD, limits.concurrency)
+        self._workers: dict[int, _Worker] = {}
+        self._ready: deque[_Worker] = deque()
+        self._queue: deque[Call] = deque()
+        self._queued_bytes = 0
+        self._running: dict[int, _Worker] = {}
+        self._next_number = 1
+        self._is_supplied = False
+        self._refusal: Failure | None = None
+        self._retry_s = _FIRST_RETRY_S
+        self._resume_at: float | None = None
+        self._mean_run_s = 0.1
+
+    # -- what the shell may ask --------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._queue and not self._running
+
+    def running_workers(self) -> Iterator[tuple[int, Call]]:
+        """Worker number and call of all that run."""
+        for number, worker in self._running.items():
+            assert worker.call is not None
+            yield number, worker.call
+
+    def call_of(self, number: int) -> Call | None:
+        """The call that worker `number` has."""
+        worker = self._workers.get(number)
+        return worker.call if worker else None
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do."""
+        moments = [w.until for w in self._workers.values() if w.until is not None]
+        moments += [w.call.deadline for w in self._running.values() if w.call is not None]
+        if self._queue:
+            # All calls of a toolkit have the same time to live, so the first is the earliest.
+            moments.append(self._queue[0].deadline)
+        if self._resume_at is not None:
+            moments.append(self._resume_at)
+        return min(moments, default=None)
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def submit(self, call: Call, now: float) -> list[Command]:
+        """A call has come."""
+        if self._refusal is not None:
+            return [Conclude(call, self._refusal, None)]
+        is_full = len(self._queue) >= self._limits.queue
+        if is_full or self._queued_bytes + call.size_bytes > self._limits.queue_bytes:
+            rounds = (len(self._queue) + 1) / self._limits.concurrency
+            retry_after_s = min(60.0, max(0.1, rounds * self._mean_run_s))
+            return [
+                Conclude(call, verdict.overloaded(len(self._queue), retry_after_s), None)
+            ]
+        self._queue.append(call)
+        self._queued_bytes += call.size_bytes
+        return self._dispatch(now)
+
+    def supply_up(self, now: float) -> list[Command]:
+        """Workers can be started from now on."""
+        self._is_supplied = True
+        return self._dispatch(now)
+
+    def supply_lost(self, reason: str, now: float) -> list[Command]:
+        """All workers are gone with what they came from; calls that wait go on waiting."""
+        self._is_supplied = False
+        commands: list[Command] = []
+        for worker in list(self._workers.values()):
+            commands += self._conclude(worker, verdict.jail_lost(reason), now)
+        self._workers.clear()
+        self._ready.clear()
+        return commands
+
+    def refuse(self, failure: Failure | None) -> list[Command]:
+        """Answer new calls and those that wait with `failure`; None takes calls again."""
+        self._refusal = failure
+        commands: list[Command] = []
+        while failure is not None and self._queue:
+            commands.append(Conclude(self._take_queued(), failure, None))
+        return commands
+
+    def worker_ready(self, number: int, now: float) -> list[Command]:
+        """The worker's first word."""
+        worker = self._workers.get(number)
+        if worker is None or worker.state is not State.STARTING:
+            return []
+        self._retry_s = _FIRST_RETRY_S
+        worker.move(Event.SPOKE)
+        self._ready.append(worker)
+        return self._dispatch(now)
+
+    def worker_answered(self, number: int, outcome: Outcome, now: float) -> list[Command]:
+        """One well-formed answer to the call that the worker has."""
+        worker = self._workers.get(number)
+        if worker is None or worker.state is not State.BUSY:
+            return []
+        worker.served += 1
+        is_last = worker.served >= self._calls_per_worker
+        assert worker.call is not None
+        run_s = now - worker.call.received_at
+        self._mean_run_s += (run_s - self._mean_run_s) / 16
+        commands = self._conclude(worker, outcome, now)
+        if is_last:
+            worker.move(Event.ANSWERED_LAST, now + END_S)
+        else:
+            worker.move(Event.ANSWERED)
+            self._ready.append(worker)
+        return commands + self._dispatch(now)
+
+    def stop_worker(self, number: int, failure: Failure, now: float) -> list[Command]:
+        """The worker hit a limit or broke a rule: its call ends with `failure`, and it ends."""
+        worker = self._workers.get(number)
+        if worker is None or worker.state is State.ENDING:
+            return []
+        commands = self._conclude(worker, failure, now)
+        return commands + self._kill(worker, now) + self._dispatch(now)
+
+    def worker_hung_up(self, number: int, now: float) -> list[Command]:
+        """The worker's channel ended; its exit tells more, if it comes soon."""
+        worker = self._workers.get(number)
+        if worker is not None and worker.state is not State.ENDING:
+            worker.until = now + HUNG_UP_S
+        return []
+
+    def worker_exited(self, number: int, status: int | None, now: float) -> list[Command]:
+        """The worker's process is gone for good."""
+        worker = self._workers.pop(number, None)
+        if worker is None:
+            return []
+        commands = self._conclude(worker, verdict.crashed(status), now)
+        if worker.state is State.READY:
+            self._ready.remove(worker)
+        if worker.state is State.STARTING or (worker.state is State.READY and not worker.served):
+            # Failing to start is not crashing: wait, so as not to spin, and try again.
+            self._resume_at = now + self._retry_s
+            self._retry_s = min(_MAX_RETRY_S, self._retry_s * 2)
+        return commands + self._dispatch(now)
+
+    def tick(self, now: float) -> list[Command]:
+        """Time has passed."""
+        commands: list[Command] = []
+        while self._queue and self._queue[0].deadline <= now:
+            failure = verdict.timed_out(self._limits, was_running=False)
+            commands.append(Conclude(self._take_queued(), failure, None))
+        for worker in list(self._workers.values()):
+            if worker.call is not None and worker.call.deadline <= now:
+                failure = verdict.timed_out(self._limits, was_running=True)
+                commands += self._conclude(worker, failure, now)
+                commands += self._kill(worker, now)
+            elif worker.until is not None and worker.until <= now:
+                commands += self._conclude(worker, verdict.broke_rules(), now)
+                commands += self._kill(worker, now)
+        if self._resume_at is not None and self._resume_at <= now:
+            self._resume_at = None
+        return commands + self._dispatch(now)
+
+    # -- within ------------------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        while self._queue and self._ready and len(self._running) < self._limits.concurrency:
+            worker = self._ready.popleft()
+            call = self._take_queued()
+            call.worker = worker.number
+            worker.call = call
+            worker.move(Event.ASSIGNED)
+            self._running[worker.number] = worker
+            commands.append(Assign(worker.number, call))
+        if self._is_supplied and self._resume_at is None:
+            for _ in range(self._missing_workers()):
+                worker = _Worker(self._next_number, now + self._start_s)
+                self._next_number += 1
+                self._workers[worker.number] = worker
+                commands.append(StartWorker(worker.number))
+        return commands
+
+    def _missing_workers(self) -> int:
+        """How many to start: enough for all that wait and some ahead, within the limit."""
+        if self._refusal is not None:
+            return 0
+        live = sum(1 for w in self._workers.values() if w.state is not State.ENDING)
+        spare = live - len(self._running)
+        wanted = self._ahead + len(self._queue) - spare
+        room = self._limits.concurrency + self._ahead - live
+        # Those that are ending still hold a scratch slot.
+        slots = 2 * self._limits.concurrency + self._ahead - len(self._workers)
+        return max(0, min(wanted, room, slots))
+
+    def _conclude(self, worker: _Worker, outcome: Outcome, now: float) -> list[Command]:
+        call, worker.call = worker.call, None
+        if call is None:
+            return []
+        self._running.pop(worker.number, None)
+        return [Conclude(call, outcome, worker.number)]
+
+    def _kill(self, worker: _Worker, now: float) -> list[Command]:
+        if worker.state is State.READY:
+            self._ready.remove(worker)
+        worker.move(Event.KILLED, now + END_S)
+        return [Kill(worker.number)]
+
+    def _take_queued(self) -> Call:
+        call = self._queue.popleft()
+        self._queued_bytes -= call.size_bytes
+        return call
+
+
+UNAVAILABLE_STOPPED = Failure(Kind.UNAVAILABLE, "The toolkit stopped serving.")
+UNAVAILABLE_DRAINING = Failure(Kind.UNAVAILABLE, "This server is shutting down.")

@@ -1,0 +1,94 @@
+"""One outcome from the evidence of a call. PURE.
+
+Evidence is what we saw ourselves: our timer, bytes that we counted, the wait status of whoever
+reaped the process. What a worker says of its own call is a result or a tool's exception, no more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from atp_sandbox.limits import Limits, format_duration, format_size
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success
+from atp_sandbox.strict_json import check_json
+
+_MAX_SENTENCE_CHARS = 64 * 1024
+
+
+class RuleBroken(Exception):
+    """A worker's answer is none; the worker is to be ended."""
+
+
+def judge_answer(kind: str, body: bytes, limits: Limits) -> Outcome:
+    """The outcome that a worker's answer amounts to; RuleBroken if it is no answer at all."""
+    if kind == "result":
+        if len(body) > limits.output_bytes:
+            return output_exceeded(limits)
+        try:
+            return Success(check_json(body))
+        except ValueError as error:
+            return Failure(Kind.INVALID_RESULT, f"the tool's result cannot be sent: {error}")
+    try:
+        sentence = body.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RuleBroken("a sentence that is not UTF-8") from None
+    if kind == "error":
+        return Failure(Kind.TOOL_ERROR, sentence[:_MAX_SENTENCE_CHARS])
+    if kind == "invalid":
+        return Failure(Kind.INVALID_RESULT, sentence[:_MAX_SENTENCE_CHARS])
+    raise RuleBroken("an answer of an unknown kind")
+
+
+def timed_out(limits: Limits, *, was_running: bool) -> Failure:
+    """Our own timer: the deadline counts from receipt, queueing included."""
+    allowed = format_duration(limits.time_s)
+    what = "The tool was stopped" if was_running else "The call waited in the queue until the end"
+    sentence = f"{what}: time limit of {allowed} reached."
+    return Failure(Kind.TIMEOUT, sentence, Limit("time", limits.time_s, "s"))
+
+
+def memory_exceeded(limits: Limits) -> Failure:
+    """Memory that we measured from outside."""
+    sentence = f"The tool was stopped: memory limit of {format_size(limits.memory_bytes)} exceeded."
+    return Failure(Kind.MEMORY_LIMIT, sentence, Limit("memory", limits.memory_bytes, "bytes"))
+
+
+def output_exceeded(limits: Limits) -> Failure:
+    """Bytes that we counted, or that a frame announced."""
+    allowed = format_size(limits.output_bytes)
+    sentence = f"The tool's result is larger than the output limit of {allowed}."
+    return Failure(Kind.OUTPUT_LIMIT, sentence, Limit("output", limits.output_bytes, "bytes"))
+
+
+def overloaded(waiting: int, retry_after_s: float) -> Failure:
+    """The queue is full."""
+    sentence = f"Too many calls: {waiting} are waiting for this toolkit. Try again later."
+    return Failure(Kind.OVERLOADED, sentence, retry_after_s=round(retry_after_s, 1))
+
+
+def crashed(status: int | None) -> Failure:
+    """The process ended without an answer; `status` as of waitpid(2), None if unknown."""
+    if status is None:
+        return Failure(Kind.CRASHED, "The tool's process ended before it answered.")
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = "no standard signal"
+        sentence = f"The tool's process was ended by signal {number} ({name})."
+        return Failure(Kind.CRASHED, sentence, details={"signal": number})
+    code = os.WEXITSTATUS(status)
+    sentence = f"The tool's process ended with exit status {code} before it answered."
+    return Failure(Kind.CRASHED, sentence, details={"exit_status": code})
+
+
+def broke_rules() -> Failure:
+    """The worker sent something else than one answer to its call."""
+    return Failure(Kind.CRASHED, "The tool's process was stopped: it broke the answer protocol.")
+
+
+def jail_lost(reason: str) -> Failure:
+    """The jail ended under its calls."""
+    return Failure(Kind.CRASHED, f"The toolkit's sandbox ended while the tool ran: {reason}.")

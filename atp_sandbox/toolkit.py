@@ -1,0 +1,470 @@
+"""One served toolkit: its snapshot, its jails, its pool, and the shell that joins them.
+
+Carries out what `scheduling.pool` decides and tells it what `jails.jail` saw. Every call that is
+submitted ends in one `call_finished`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+from typing import Protocol, assert_never
+
+from atp_sandbox import log
+from atp_sandbox.confinement.plan import ToolkitView
+from atp_sandbox.discovery import Discovery, Tool, parse_report
+from atp_sandbox.errors import SandboxError, ToolkitError
+from atp_sandbox.jails.jail import Exited, Jail, JailSpec, SetupFailure
+from atp_sandbox.jails.remedies import isolation_error
+from atp_sandbox.jails.snapshot import Snapshot
+from atp_sandbox.limits import format_duration, format_size
+from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.outcome import Failure, Outcome
+from atp_sandbox.scheduling import pool, verdict
+from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
+from workers.frames import FrameError, FrameTooLong
+
+RESTING_BYTES = 32 * 1024 * 1024
+"""A zygote before its import: the interpreter and our modules, with room to spare."""
+_CALL_ID_BYTES = 16
+_FIRST_RESTART_S = 0.1
+_MAX_RESTART_S = 30.0
+_STABLE_S = 10.0
+
+
+class State(Enum):
+    DISCOVERING = auto()
+    SERVING = auto()
+    RESTARTING = auto()
+    FAILED = auto()
+    STOPPED = auto()
+
+
+@dataclass(slots=True)
+class NodeCall:
+    """One call on its way through a node. `context` is the submitter's and comes back untouched."""
+
+    toolkit: str
+    tool: Tool
+    params: bytes = field(repr=False)
+    token: bytes | None = field(repr=False)
+    received_at: float
+    context: object = None
+    is_sample: bool = False
+    call_id: bytes = b""
+    """Random, given when the call is handed to a worker; its answer must carry it."""
+
+
+class ToolkitListener(Protocol):
+    """What a toolkit tells its node."""
+
+    def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None: ...
+    def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None: ...
+    def client_stopped(self, toolkit: ServedToolkit, client: int) -> None: ...
+    def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None: ...
+
+
+class ServedToolkit:
+    """Owns the jails of one toolkit."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        settings: ToolkitSettings,
+        snapshot: Snapshot,
+        mountpoint: Path,
+        listener: ToolkitListener,
+    ) -> None:
+        self._loop = loop
+        self.settings = settings
+        self.name = settings.name
+        self.lifetime = settings.lifetime
+        self._snapshot = snapshot
+        self._mountpoint = mountpoint
+        self._listener = listener
+        self._pool = pool.Pool(settings.limits, settings.lifetime)
+        self.state = State.DISCOVERING
+        self.discovery: Discovery | None = None
+        self._main: Jail | None = None
+        """The jail of discovery: it goes on as the one that forks, or as the one whose threads live."""
+        self._own_jails: dict[Jail, int] = {}
+        """Lifetime `jail`: each worker's own jail and its number."""
+        self._ready_jails: dict[int, Jail] = {}
+        self._timer: Timer | None = None
+        self._import_timer: Timer | None = None
+        self._restart_s = _FIRST_RESTART_S
+        self._launched_at = 0.0
+
+    # -- for the node ------------------------------------------------------------------------------
+
+    def discover(self) -> None:
+        """Launch the jail in which the toolkit is imported."""
+        self._launched_at = self._loop.now()
+        self._main = Jail(self._loop, self._spec(), self)
+        self._import_timer = self._loop.call_later(
+            self.settings.limits.import_time_s, self._on_import_timeout
+        )
+
+    def submit(self, call: NodeCall) -> None:
+        """Take over `call`; its deadline runs from `call.received_at`."""
+        entry = pool.Call(
+            call,
+            received_at=call.received_at,
+            deadline=call.received_at + self.settings.limits.time_s,
+            size_bytes=len(call.params),
+        )
+        self._obey(self._pool.submit(entry, self._loop.now()))
+
+    def refuse(self, failure: Failure) -> None:
+        """Answer what waits and what comes with `failure`; what runs goes on."""
+        self._obey(self._pool.refuse(failure))
+
+    @property
+    def is_idle(self) -> bool:
+        return self._pool.is_idle
+
+    @property
+    def running(self) -> int:
+        return self._pool.running
+
+    @property
+    def waiting(self) -> int:
+        return self._pool.waiting
+
+    def watch_memory(self) -> None:
+        """Compare what each running call, or a running import, has added with what it may."""
+        most = self.settings.limits.memory_bytes
+        if self.state in (State.DISCOVERING, State.RESTARTING) and self._main is not None:
+            if self._main.zygote_memory_bytes() > most + RESTING_BYTES:
+                self._fail_import(
+                    ToolkitError(
+                        f"Toolkit {self.name}: its import used more than {format_size(most)}.",
+                        tip="Raise --memory, or load large data inside the tools.",
+                    )
+                )
+            return
+        over = [
+            number
+            for number, _ in self._pool.running_workers()
+            if self._jail_of(number).added_memory_bytes(number) > most
+        ]
+        for number in over:
+            failure = verdict.memory_exceeded(self.settings.limits)
+            self._obey(self._pool.stop_worker(number, failure, self._loop.now()))
+
+    def log_output(self) -> None:
+        """Log what the toolkit printed outside of calls."""
+        if self._main is not None:
+            self._log_output(self._main)
+
+    def close(self) -> None:
+        """End all jails; calls that still run are not answered any more. Safe to call again."""
+        self.state = State.STOPPED
+        for timer in (self._timer, self._import_timer):
+            if timer is not None:
+                timer.cancel()
+        for jail in (self._main, *self._own_jails):
+            if jail is not None:
+                self._log_output(jail)
+                jail.close()
+        self._main = None
+        self._own_jails.clear()
+        self._ready_jails.clear()
+
+    # -- what jails tell ---------------------------------------------------------------------------
+
+    def jail_discovered(self, jail: Jail, report: bytes, threads: int) -> None:
+        self._log_output(jail)
+        number = self._own_jails.get(jail)
+        try:
+            discovery = parse_report(report)
+            self._check(discovery)
+        except ToolkitError as error:
+            if number is None:
+                self._fail_import(error)
+            else:
+                self._lose_own_jail(jail, "it registered other tools than at first")
+            return
+        if number is not None:
+            self._ready_jails[number] = jail
+            jail.become_worker(number)
+            return
+        self._cancel_import_timer()
+        is_first = self.discovery is None
+        self.discovery = discovery
+        self.state = State.SERVING
+        if is_first:
+            self._settle_lifetime(threads)
+            self._listener.toolkit_discovered(self, discovery)
+        if self.state is State.SERVING:
+            self._obey(self._pool.supply_up(self._loop.now()))
+
+    def jail_broken(self, jail: Jail, what: str, traceback_end: str) -> None:
+        self._log_output(jail)
+        if jail in self._own_jails:
+            self._lose_own_jail(jail, f"its import {log.printable(what)}")
+            return
+        self._fail_import(
+            ToolkitError(
+                f"Toolkit {self.name} could not be imported: it {log.printable(what)}.",
+                cause=log.printable(traceback_end.rstrip(), keep_newlines=True),
+            )
+        )
+
+    def jail_setup_failed(self, jail: Jail, failure: SetupFailure) -> None:
+        error = isolation_error(failure)
+        if jail in self._own_jails:
+            log.emit(log.ERROR, "jail_failed", error.message, toolkit=self.name, cause=error.cause)
+            self._lose_own_jail(jail, error.message)
+        else:
+            self._fail_import(error)
+
+    def jail_ended(self, jail: Jail, reason: str) -> None:
+        self._log_output(jail)
+        if jail in self._own_jails:
+            self._lose_own_jail(jail, reason)
+        elif self.state in (State.DISCOVERING, State.RESTARTING):
+            self._fail_import(
+                ToolkitError(
+                    f"Toolkit {self.name} ended while it was imported: {reason}.",
+                    tip="A toolkit must reach client.start() or the end of its script.",
+                )
+            )
+        elif self.state is State.SERVING:
+            log.emit(log.WARNING, "jail_ended", "a toolkit's sandbox ended", toolkit=self.name,
+                     reason=reason)
+            if self.lifetime.kind is not LifetimeKind.JAIL:
+                self._obey(self._pool.supply_lost(reason, self._loop.now()))
+                self._restart_later()
+            self._main = None
+
+    def client_stopped(self, jail: Jail, client: int) -> None:
+        self._log_output(jail)
+        known = self.discovery is not None and client < len(self.discovery.clients)
+        if jail is self._main and known:
+            self._listener.client_stopped(self, client)
+
+    def worker_ready(self, jail: Jail, number: int) -> None:
+        self._obey(self._pool.worker_ready(number, self._loop.now()))
+
+    def worker_answered(
+        self, jail: Jail, number: int, call_id: bytes, kind: str, body: bytes
+    ) -> None:
+        call = self._pool.call_of(number)
+        if call is None:
+            # Already concluded (its worker is being ended), or nothing was asked.
+            self._stop(number, verdict.broke_rules())
+            return
+        assert isinstance(call.payload, NodeCall)
+        if not secrets.compare_digest(call.payload.call_id, call_id):
+            self._stop(number, verdict.broke_rules())
+            return
+        try:
+            outcome = verdict.judge_answer(kind, body, self.settings.limits)
+        except verdict.RuleBroken:
+            self._stop(number, verdict.broke_rules())
+            return
+        self._obey(self._pool.worker_answered(number, outcome, self._loop.now()))
+
+    def worker_broke_rules(self, jail: Jail, number: int, error: FrameError) -> None:
+        if isinstance(error, FrameTooLong):
+            self._stop(number, verdict.output_exceeded(self.settings.limits))
+            return
+        log.emit(log.WARNING, "worker_broke_rules", "a worker broke the answer protocol",
+                 toolkit=self.name, rule=str(error))
+        self._stop(number, verdict.broke_rules())
+
+    def worker_hung_up(self, jail: Jail, number: int) -> None:
+        self._obey(self._pool.worker_hung_up(number, self._loop.now()))
+
+    def worker_exited(self, jail: Jail, number: int, exited: Exited) -> None:
+        self._obey(self._pool.worker_exited(number, exited.status, self._loop.now()))
+        if jail in self._own_jails:
+            self._drop_own_jail(jail)
+
+    # -- carrying out what the pool decided --------------------------------------------------------
+
+    def _obey(self, commands: list[pool.Command]) -> None:
+        for command in commands:
+            match command:
+                case pool.StartWorker(number):
+                    self._start_worker(number)
+                case pool.Assign(number, call):
+                    self._assign(number, call)
+                case pool.Kill(number):
+                    self._kill(number)
+                case pool.Conclude(call, outcome, ran_on):
+                    self._conclude(call, outcome, ran_on)
+                case _:
+                    assert_never(command)
+        self._set_timer()
+
+    def _start_worker(self, number: int) -> None:
+        if self.lifetime.kind is LifetimeKind.JAIL:
+            jail = Jail(self._loop, self._spec(), self)
+            self._own_jails[jail] = number
+        elif self._main is not None:
+            self._main.start_worker(number)
+
+    def _assign(self, number: int, call: pool.Call) -> None:
+        if self._pool.call_of(number) is not call:
+            return  # a command before this one ended the jail
+        payload = call.payload
+        assert isinstance(payload, NodeCall)
+        payload.call_id = secrets.token_bytes(_CALL_ID_BYTES)
+        self._jail_of(number).send_call(
+            number,
+            payload.call_id,
+            payload.tool.index,
+            payload.params,
+            payload.token,
+            payload.is_sample,
+        )
+
+    def _kill(self, number: int) -> None:
+        if self.lifetime.kind is not LifetimeKind.JAIL:
+            if self._main is not None:
+                self._main.kill_worker(number)
+            return
+        for jail, its_number in list(self._own_jails.items()):
+            if its_number == number:
+                self._lose_own_jail(jail, "it was stopped")
+
+    def _conclude(self, call: pool.Call, outcome: Outcome, ran_on: int | None) -> None:
+        payload = call.payload
+        assert isinstance(payload, NodeCall)
+        printed = "" if ran_on is None else self._jail_of(ran_on).take_output(ran_on)
+        self._listener.call_finished(payload, outcome, printed)
+
+    def _stop(self, number: int, failure: Failure) -> None:
+        self._obey(self._pool.stop_worker(number, failure, self._loop.now()))
+
+    def _jail_of(self, number: int) -> Jail:
+        if self.lifetime.kind is LifetimeKind.JAIL:
+            return self._ready_jails[number]
+        assert self._main is not None
+        return self._main
+
+    def _set_timer(self) -> None:
+        when = self._pool.next_deadline()
+        if self._timer is not None:
+            if when is not None and self._timer.when <= when and self._timer.callback:
+                return  # it fires early, finds nothing to do, and is set anew
+            self._timer.cancel()
+            self._timer = None
+        if when is not None and self.state is not State.STOPPED:
+            self._timer = self._loop.call_at(when, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._obey(self._pool.tick(self._loop.now()))
+
+    # -- jails -------------------------------------------------------------------------------------
+
+    def _spec(self) -> JailSpec:
+        snapshot = self._snapshot
+        import_path = ["/toolkit"]
+        if snapshot.package:
+            import_path.append(f"/toolkit/{snapshot.package}")
+        view = ToolkitView(
+            directory=str(snapshot.directory),
+            entry=snapshot.entry,
+            package=snapshot.package,
+            import_path=tuple(import_path),
+            env=self.settings.env,
+        )
+        return JailSpec(view, self.settings.limits, self.lifetime.calls, self._mountpoint)
+
+    def _check(self, discovery: Discovery) -> None:
+        if self.discovery is not None and discovery.signature != self.discovery.signature:
+            raise ToolkitError(f"Toolkit {self.name} registered other tools than at first.")
+        if not discovery.registrations:
+            raise ToolkitError(
+                f"Toolkit {self.name} registers no tools.",
+                tip="Decorate a function with @client.register_tool(...) and call client.start().",
+            )
+        if discovery.processes:
+            raise ToolkitError(
+                f"Toolkit {self.name} started {discovery.processes} processes in its import.",
+                tip="Start processes inside a tool, or do without them.",
+            )
+
+    def _settle_lifetime(self, threads: int) -> None:
+        """A process with threads cannot be forked safely: each call then gets its own jail."""
+        if threads > 1 and self.lifetime.kind is not LifetimeKind.JAIL:
+            log.emit(
+                log.WARNING,
+                "lifetime_changed",
+                "the toolkit runs threads after its import, so each call gets a jail of its own",
+                toolkit=self.name,
+                threads=threads,
+                lifetime="jail",
+            )
+            self.lifetime = Lifetime(LifetimeKind.JAIL)
+            self._pool = pool.Pool(self.settings.limits, self.lifetime)
+        elif threads == 1 and self.lifetime.kind is LifetimeKind.JAIL and self._main is not None:
+            # Nothing of the toolkit runs in it any more.
+            self._main.close()
+            self._main = None
+
+    def _fail_import(self, error: SandboxError) -> None:
+        """The jail of discovery is of no use; a toolkit that served before is tried again."""
+        self._cancel_import_timer()
+        if self._main is not None:
+            self._main.close()
+            self._main = None
+        if self.discovery is None:
+            self.state = State.FAILED
+            self._listener.toolkit_failed(self, error)
+            return
+        log.emit(log.ERROR, "restart_failed", error.message, toolkit=self.name, cause=error.cause)
+        self._restart_later()
+
+    def _restart_later(self) -> None:
+        self.state = State.RESTARTING
+        if self._loop.now() - self._launched_at > _STABLE_S:
+            self._restart_s = _FIRST_RESTART_S
+        self._import_timer = self._loop.call_later(self._restart_s, self.discover)
+        self._restart_s = min(_MAX_RESTART_S, self._restart_s * 2)
+
+    def _on_import_timeout(self) -> None:
+        allowed = format_duration(self.settings.limits.import_time_s)
+        self._fail_import(
+            ToolkitError(
+                f"Toolkit {self.name} was not imported within {allowed}.",
+                tip="Raise --import-time, or do slow work inside the tools.",
+            )
+        )
+
+    def _cancel_import_timer(self) -> None:
+        if self._import_timer is not None:
+            self._import_timer.cancel()
+            self._import_timer = None
+
+    def _lose_own_jail(self, jail: Jail, reason: str) -> None:
+        number = self._own_jails[jail]
+        call = self._pool.call_of(number)
+        commands = self._pool.worker_exited(number, None, self._loop.now())
+        if call is not None:
+            commands = [
+                pool.Conclude(c.call, verdict.jail_lost(reason), c.number)
+                if isinstance(c, pool.Conclude) and c.call is call
+                else c
+                for c in commands
+            ]
+        self._obey(commands)
+        self._drop_own_jail(jail)
+
+    def _drop_own_jail(self, jail: Jail) -> None:
+        number = self._own_jails.pop(jail, None)
+        if number is not None:
+            self._ready_jails.pop(number, None)
+            jail.close()
+
+    def _log_output(self, jail: Jail) -> None:
+        printed = jail.output.take().strip()
+        if printed:
+            log.emit(log.INFO, "toolkit_output", printed, toolkit=self.name)
+

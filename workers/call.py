@@ -1,0 +1,175 @@
+"""A worker: takes one call (or a few), runs the tool, answers, and is gone.
+
+Everything it needs at call time was imported before, so that a tool which empties `sys.modules`
+still gets its answer out. Its answer is a claim: the supervisor checks it and reaches the verdict.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+from typing import Any, Dict, NoReturn, Optional, Tuple
+
+from . import frames, stdio
+from .confinement import scratch
+from .discovery import Registration, Registry
+
+_CHANNEL_FD = 200
+"""High, so that tools which close "all" low descriptors keep their answer."""
+_ERROR_CHARS = 64 * 1024
+_MAX_CALL_BYTES = 64 * 1024 * 1024
+"""A request of 16 MiB grows at most fourfold when its text is spelled in ASCII."""
+
+_run_coroutine: Any = None
+
+
+def prepare(registry: Registry) -> None:
+    """Import, before any fork, what only some toolkits need."""
+    global _run_coroutine
+    if any(inspect.iscoroutinefunction(entry.function) for entry in registry.registrations):
+        _import_asyncio()
+
+
+def serve(
+    registry: Registry, channel_fd: int, output_fd: int, number: int, slot: int, calls: int
+) -> NoReturn:
+    """Be worker `number` with scratch `slot` for up to `calls` calls; never returns."""
+    try:
+        channel = _settle(channel_fd, output_fd, slot)
+
+        def refuse_stop(_client: int) -> None:
+            raise RuntimeError("stop() cannot be called from inside a tool")
+
+        registry.on_stop = refuse_stop
+        channel.sendall(frames.encode("ready", number))
+        decoder = frames.Decoder(frames.TO_WORKER, _MAX_CALL_BYTES)
+        for _ in range(calls):
+            _answer_one(registry, channel, decoder)
+        status = 0
+    except SystemExit as leaving:
+        status = _exit_status(leaving)
+    except KeyboardInterrupt:
+        _die_by_sigint()
+        status = 130
+    except BaseException:  # the outer door; the supervisor sees an exit without an answer
+        status = 70
+    stdio.flush()
+    os._exit(status)
+
+
+def _settle(channel_fd: int, output_fd: int, slot: int) -> socket.socket:
+    """Make this process its own: streams, descriptors, scratch, random numbers, signals."""
+    stdio.attach(output_fd)
+    high_fd = fcntl.fcntl(channel_fd, fcntl.F_DUPFD_CLOEXEC, _CHANNEL_FD)
+    os.close(channel_fd)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    path = scratch.slot_path(slot)
+    os.environ["HOME"] = os.environ["TMPDIR"] = path
+    tempfile.tempdir = None
+    # The hooks that fork(2) would have run in Python's modules were skipped.
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()  # type: ignore[attr-defined]
+    if _run_coroutine is not None:
+        sys.modules["asyncio.events"]._set_running_loop(None)  # type: ignore[attr-defined]
+    return socket.socket(fileno=high_fd)
+
+
+def _answer_one(registry: Registry, channel: socket.socket, decoder: frames.Decoder) -> None:
+    call_id, index, params_json, token_json, is_sample = _receive(channel, decoder)
+    kind, body = _run(registry.registrations[index], params_json, token_json, is_sample)
+    stdio.flush()
+    channel.sendall(frames.encode("answer", call_id, kind, body))
+
+
+def _receive(
+    channel: socket.socket, decoder: frames.Decoder
+) -> Tuple[bytes, int, bytes, Optional[bytes], bool]:
+    while True:
+        data = channel.recv(1024 * 1024)
+        if not data:
+            os._exit(0)
+        messages = decoder.feed(data)
+        if messages:
+            _name, call_id, index, params_json, token_json, is_sample = messages[0]
+            return call_id, index, params_json, token_json, is_sample
+
+
+def _run(
+    entry: Registration, params_json: bytes, token_json: Optional[bytes], is_sample: bool
+) -> Tuple[str, bytes]:
+    """Call the tool; ("result", JSON), ("error", sentence) or ("invalid", sentence)."""
+    try:
+        arguments: Dict[str, Any] = json.loads(params_json)
+        if token_json is not None:
+            _add_token(arguments, json.loads(token_json), entry, is_sample)
+        result = entry.function(**arguments)
+        if inspect.isawaitable(result):
+            result = _await(result)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # any failure of foreign code is an answer
+        return "error", _sentence(error)
+    try:
+        return "result", json.dumps(result, allow_nan=False).encode("ascii")
+    except BaseException as error:  # as above: a result's own methods run in here
+        return "invalid", _sentence(error)
+
+
+def _add_token(
+    arguments: Dict[str, Any], token: Any, entry: Registration, is_sample: bool
+) -> None:
+    """The token under each name the signature has for it; a sample call always passes it."""
+    if is_sample or "auth_token" in entry.passes or "**" in entry.passes:
+        arguments["auth_token"] = token
+    if entry.auth_with is not None and entry.auth_with in entry.passes:
+        arguments[entry.auth_with] = token
+
+
+def _await(awaitable: Any) -> Any:
+    if _run_coroutine is None:
+        _import_asyncio()
+
+    async def wait() -> Any:
+        return await awaitable
+
+    return _run_coroutine(wait())
+
+
+def _import_asyncio() -> None:
+    global _run_coroutine
+    import asyncio
+
+    _run_coroutine = asyncio.run
+
+
+def _sentence(error: BaseException) -> bytes:
+    """`str(error)`, or the type's name where that is empty or fails."""
+    try:
+        text = str(error)
+    except BaseException:  # foreign __str__
+        text = ""
+    text = text or type(error).__name__
+    return text[:_ERROR_CHARS].encode("utf-8", "backslashreplace")
+
+
+def _exit_status(leaving: SystemExit) -> int:
+    """What the interpreter would have made of it: sys.exit in the library reference."""
+    code = leaving.code
+    if code is None:
+        return 0
+    return code & 0xFF if isinstance(code, int) else 1
+
+
+def _die_by_sigint() -> None:
+    stdio.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,40 @@
+"""Scratch slots: one small tmpfs a call, mounted and unmounted by the warden alone. tmpfs(5).
+
+A slot is empty when a worker gets it and gone, with everything in it, after that worker. The
+supervisor never looks inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Set
+
+from . import syscalls
+
+_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+
+
+def slot_path(slot: int) -> str:
+    """Where slot number `slot` is inside the jail."""
+    return f"/scratch/{slot}"
+
+
+class Slots:
+    """The mounted slots of one jail; owned by the warden."""
+
+    def __init__(self, plan: Dict[str, Any]) -> None:
+        self._options = f"mode=0700,size={plan['scratch_bytes']},nr_inodes={plan['scratch_files']}"
+        self._mounted: Set[int] = set()
+
+    def mount(self, slot: int) -> None:
+        """Give `slot` a fresh, empty scratch directory; what was there is dropped."""
+        self.free(slot)
+        syscalls.mount("scratch", slot_path(slot), "tmpfs", _FLAGS, self._options)
+        self._mounted.add(slot)
+
+    def free(self, slot: int) -> None:
+        """Drop the slot's scratch directory; nothing if it has none."""
+        if slot in self._mounted:
+            self._mounted.discard(slot)
+            with contextlib.suppress(OSError):
+                syscalls.unmount(slot_path(slot), syscalls.MNT_DETACH)

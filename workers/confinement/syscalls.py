@@ -1,0 +1,192 @@
+"""The system calls that Python does not offer. The only module of `workers` that uses ctypes.
+
+Each function raises OSError with errno and the call's name. Constants are those of the kernel's
+uapi headers; call numbers differ by machine and are listed for those we support.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Optional
+
+# linux/sched.h
+CLONE_PARENT = 0x00008000
+CLONE_CHILD_CLEARTID = 0x00200000
+CLONE_CHILD_SETTID = 0x01000000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+SIGCHLD = 17
+
+# linux/mount.h
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+
+# linux/prctl.h, linux/capability.h
+PR_SET_DUMPABLE = 4
+PR_SET_NO_NEW_PRIVS = 38
+PR_GET_TID_ADDRESS = 40
+PR_CAPBSET_DROP = 24
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+_NUMBERS = {
+    "x86_64": {"clone": 56, "pivot_root": 155, "mount_setattr": 442},
+    "aarch64": {"clone": 220, "pivot_root": 41, "mount_setattr": 442},
+}
+MACHINE = platform.machine()
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# Keeps the interpreter lock during the call: after a raw fork the child must still hold it.
+_locked_libc = ctypes.PyDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_locked_syscall = _locked_libc.syscall
+_locked_syscall.restype = ctypes.c_long
+
+
+def _number(name: str) -> int:
+    try:
+        return _NUMBERS[MACHINE][name]
+    except KeyError:
+        raise OSError(38, f"{name}: unknown on machine {MACHINE}") from None
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def mount(source: str, target: str, kind: Optional[str], flags: int, data: str = "") -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        None if kind is None else kind.encode(),
+        ctypes.c_ulong(flags),
+        os.fsencode(data) if data else None,
+    )
+    _check(result, f"mount {kind or source} on {target}")
+
+
+def unmount(target: str, flags: int = MNT_DETACH) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(target), ctypes.c_int(flags)), f"umount {target}")
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012 (the form that ctypes asks for)
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    ]
+
+
+def mount_set_attributes(target: str, attributes: int, *, recursive: bool) -> None:
+    """mount_setattr(2), Linux 5.12: the only way to make every submount of a bind read-only."""
+    attr = _MountAttr(attributes, 0, 0, 0)
+    flags = AT_RECURSIVE if recursive else 0
+    result = _syscall(
+        ctypes.c_long(_number("mount_setattr")),
+        ctypes.c_int(AT_FDCWD),
+        os.fsencode(target),
+        ctypes.c_uint(flags),
+        ctypes.byref(attr),
+        ctypes.c_size_t(ctypes.sizeof(attr)),
+    )
+    _check(result, f"mount_setattr {target}")
+
+
+def pivot_root_here() -> None:
+    """pivot_root(".", "."): the old root ends up stacked on the new one (pivot_root(2), NOTES)."""
+    result = _syscall(ctypes.c_long(_number("pivot_root")), b".", b".")
+    _check(result, "pivot_root")
+
+
+def set_hostname(name: str) -> None:
+    """sethostname(2)."""
+    data = name.encode()
+    _check(_libc.sethostname(data, ctypes.c_size_t(len(data))), "sethostname")
+
+
+def prctl(option: int, argument: int = 0) -> int:
+    """prctl(2) with one argument."""
+    zero = ctypes.c_ulong(0)
+    result = _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero)
+    return _check(result, f"prctl {option}")
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]  # noqa: RUF012
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    ]
+
+
+def clear_capabilities() -> None:
+    """capset(2): no effective, permitted or inheritable capability is left."""
+    header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset")
+
+
+def _child_tid_address() -> int:
+    """Where the C library keeps this thread's id; 0 if the kernel does not tell."""
+    address = ctypes.c_void_p(0)
+    zero = ctypes.c_ulong(0)
+    result = _libc.prctl(
+        ctypes.c_int(PR_GET_TID_ADDRESS), ctypes.byref(address), zero, zero, zero
+    )
+    return 0 if result < 0 else (address.value or 0)
+
+
+def fork_as_sibling() -> int:
+    """clone(2) with CLONE_PARENT and no at-fork hooks: 0 in the child, its process id here.
+
+    The child's parent is the caller's parent. Only for a single-threaded caller: nothing that other
+    threads might have held is repaired. The child's C library is told its new thread id, which
+    fork(3) would have done; what Python's hooks would have reseeded is the caller's task.
+    """
+    flags = CLONE_PARENT | SIGCHLD
+    address = _child_tid_address()
+    if address:
+        flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID
+    zero = ctypes.c_long(0)
+    tail = (zero, ctypes.c_void_p(address))
+    if MACHINE == "x86_64":  # the order of the last two differs by machine: clone(2), NOTES
+        tail = (ctypes.c_void_p(address), zero)  # type: ignore[assignment]
+    result = _locked_syscall(
+        ctypes.c_long(_number("clone")), ctypes.c_long(flags), zero, zero, *tail
+    )
+    return _check(result, "clone")

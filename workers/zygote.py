@@ -1,0 +1,243 @@
+"""The jail's second process: confines itself, imports the toolkit, then forks a worker for a call.
+
+Everything after `_import_toolkit` runs beside foreign code that may have changed anything in this
+process; nothing here is a boundary any more. What holds was set up before: namespaces, no
+capability, no_new_privs, resource limits, descriptors.
+"""
+
+from __future__ import annotations
+
+import array
+import builtins
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import site
+import socket
+import sys
+import threading
+import traceback
+import types
+from collections import deque
+from typing import Any, Deque, Dict, List, NoReturn, Optional
+
+from . import call, frames, stdio
+from .atp_sdk import clients
+from .confinement import privileges, syscalls
+from .discovery import registry
+
+_SETTLE_AFTER_REGISTRATION_S = 0.5
+_TRACEBACK_CHARS = 4_000
+_DESCRIPTORS_PER_FORK = 2
+
+
+def start(plan: Dict[str, Any]) -> NoReturn:
+    """Confine this process as `plan` says, wait for the supervisor's word, serve; never returns."""
+    stdio.attach(plan["output_fd"])
+    os.environ.clear()
+    os.environ.update(plan["env"])
+    os.chdir("/toolkit")
+    privileges.set_resource_limits(plan["rlimits"])
+    privileges.drop_capabilities()
+    zygote = _Zygote(plan)
+    try:
+        zygote.wait_for_go()
+        privileges.hide_from_tracers()
+        zygote.run()
+    except BaseException:  # the outer door: what the toolkit left behind must not unwind into ours
+        stdio.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+class _Zygote:
+    """Owns the control channel; decides when discovery is over; forks."""
+
+    def __init__(self, plan: Dict[str, Any]) -> None:
+        self._plan = plan
+        self._channel = socket.socket(fileno=plan["zygote_fd"])
+        self._sending = threading.Lock()
+        self._decoder = frames.Decoder(frames.TO_ZYGOTE, frames.MAX_CONTROL_BYTES)
+        self._messages: Deque[frames.Message] = deque()
+        self._descriptors: Deque[int] = deque()
+        self._discovered = False
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def wait_for_go(self) -> None:
+        """Tell that confinement is complete; the supervisor looks at it from outside first."""
+        self._send(frames.encode("locked"))
+        while not self._messages:
+            self._receive()
+        if self._messages.popleft()[0] != "go":
+            os._exit(1)
+
+    def run(self) -> None:
+        """Import the toolkit; discovery ends in it (start) or after it (end of the script)."""
+        registry.on_registered = self._arm_interrupt
+        registry.on_start = self._started_in_main_thread
+        registry.on_stop = self._stopped
+        signal.signal(signal.SIGALRM, self._interrupt)
+        try:
+            self._import_toolkit()
+        except BaseException as error:  # whatever foreign code raises is its report, not our end
+            self._disarm_interrupt()
+            if not self._discovered:
+                self._report_broken(error)
+                return
+        self._disarm_interrupt()
+        if not self._discovered:
+            self._finish_discovery("end")
+        while not registry.clients or not all(c["stopped"] for c in registry.clients):
+            self._serve(None)
+        stdio.flush()
+
+    # -- discovery ---------------------------------------------------------------------------------
+
+    def _import_toolkit(self) -> None:
+        plan = self._plan
+        stdio.open_streams()
+        for name, module in (
+            ("atp_sdk", sys.modules[clients.__package__ or ""]),
+            ("atp_sdk.clients", clients),
+            ("atp_sdk.atp_sdk", sys.modules[clients.__package__ or ""]),
+            ("atp_sdk.atp_sdk.clients", clients),
+            ("atp_sandbox", _public_module()),
+        ):
+            sys.modules[name] = module
+        site.setquit()  # `exit` and `quit`, which an interpreter without site lacks
+        site.sethelper()
+        sys.path[:] = [*plan["toolkit_path"], *sys.path, *plan["site_path"]]
+        path = "/toolkit/" + plan["entry"]
+        sys.argv = [path]
+        main = types.ModuleType("__main__")
+        main.__dict__.update(
+            __file__=path, __builtins__=builtins, __package__=plan["package"] or None
+        )
+        sys.modules["__main__"] = main
+        importlib.invalidate_caches()
+        if plan["package"]:
+            importlib.import_module(plan["package"])
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        exec(code, main.__dict__)
+
+    def _arm_interrupt(self) -> None:
+        """Once a client was started elsewhere, a main thread that only waits is interrupted."""
+        if not self._discovered and any(c["started"] for c in registry.clients):
+            signal.setitimer(signal.ITIMER_REAL, _SETTLE_AFTER_REGISTRATION_S)
+
+    def _disarm_interrupt(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _interrupt(self, _number: int, _frame: Optional[types.FrameType]) -> None:
+        # Serves on top of the toolkit's main loop, which is thus never unwound nor resumed.
+        if not self._discovered:
+            self._finish_discovery("interrupted")
+            while True:
+                self._serve(None)
+
+    def _started_in_main_thread(self) -> None:
+        self._disarm_interrupt()
+        if not self._discovered:
+            self._finish_discovery("start")
+        self._serve(next(i for i, c in enumerate(registry.clients) if c["started"]))
+
+    def _stopped(self, client: int) -> None:
+        if self._discovered:
+            self._send(frames.encode("stopped", client))
+            os.write(self._wake_writer, b"\0")
+
+    def _finish_discovery(self, ended: str) -> None:
+        self._discovered = True
+        stdio.flush()
+        report = json.dumps(registry.report(ended)).encode()
+        call.prepare(registry)
+        gc.collect()
+        gc.freeze()
+        self._send(frames.encode("discovered", report))
+
+    def _report_broken(self, error: BaseException) -> None:
+        if isinstance(error, SystemExit):
+            what = f"called sys.exit({'' if error.code is None else repr(error.code)[:100]})"
+        else:
+            what = f"raised {type(error).__name__}"
+        shown = traceback.TracebackException.from_exception(error)
+        shown.stack = traceback.StackSummary.from_list(
+            [row for row in shown.stack if "/zygote.py" not in row.filename]
+        )
+        text = "".join(shown.format())[-_TRACEBACK_CHARS:]
+        stdio.flush()
+        plain = text.encode("utf-8", "backslashreplace").decode()
+        self._send(frames.encode("broken", what, plain))
+
+    # -- serving -----------------------------------------------------------------------------------
+
+    def _serve(self, until_stopped: Optional[int]) -> None:
+        """Fork a worker for each request of the supervisor; returns once that client is stopped."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
+        while True:
+            while self._messages:
+                self._obey(self._messages.popleft())
+            clients_now = registry.clients
+            if until_stopped is None:
+                if clients_now and all(c["stopped"] for c in clients_now):
+                    return
+            elif clients_now[until_stopped]["stopped"]:
+                return
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wake_reader in ready:
+                os.read(self._wake_reader, 4096)
+            if self._channel.fileno() in ready:
+                self._receive()
+
+    def _obey(self, message: frames.Message) -> None:
+        name, number, slot = message[0], message[1], message[2]
+        channel_fd, output_fd = (self._descriptors.popleft() for _ in range(_DESCRIPTORS_PER_FORK))
+        pid = 0
+        if name == "fork":
+            try:
+                pid = syscalls.fork_as_sibling()
+            except OSError as error:
+                self._send(frames.encode("fork_failed", number, error.errno or 0))
+                pid = -1
+        if pid == 0:
+            self._channel.close()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            call.serve(
+                registry, channel_fd, output_fd, number, slot, self._plan["calls_per_worker"]
+            )
+        os.close(channel_fd)
+        os.close(output_fd)
+
+    def _receive(self) -> None:
+        rights = _DESCRIPTORS_PER_FORK * 64
+        data, ancillary, _flags, _address = self._channel.recvmsg(
+            65536, socket.CMSG_SPACE(rights * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+        )
+        if not data:
+            os._exit(0)
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                passed = array.array("i")
+                passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
+                self._descriptors.extend(passed)
+        self._messages.extend(self._decoder.feed(data))
+
+    def _send(self, frame: bytes) -> None:
+        with self._sending:
+            self._channel.sendall(frame)
+
+
+def _public_module() -> types.ModuleType:
+    """`atp_sandbox` as a script sees it that uses the library: only the drop-in client."""
+    module = types.ModuleType("atp_sandbox", "The part of atp_sandbox that exists inside a jail.")
+    names: List[str] = ["ToolKitClient"]
+    module.ToolKitClient = clients.ToolKitClient  # type: ignore[attr-defined]
+    module.__all__ = names  # type: ignore[attr-defined]
+    return module
