@@ -6,7 +6,7 @@ state; outcomes and what toolkits say of themselves come back as events.
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,8 +48,7 @@ class Node:
         self._loop = loop
         self._listener = listener
         self._store = state_dir / "snapshots"
-        self._run_directory = tempfile.TemporaryDirectory(prefix="node-", dir=state_dir / "run")
-        self._mountpoint = Path(self._run_directory.name)
+        self._mountpoint = _make_mountpoint(state_dir)
         self._holds: list[SnapshotHold] = []
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
@@ -112,7 +111,6 @@ class Node:
         for hold in self._holds:
             hold.close()
         self._holds.clear()
-        self._run_directory.cleanup()
 
     # -- what toolkits tell ------------------------------------------------------------------------
 
@@ -149,3 +147,21 @@ class Node:
         for toolkit in self._toolkits.values():
             toolkit.log_output()
         self._output_timer = self._loop.call_later(OUTPUT_S, self._log_output)
+
+
+def _make_mountpoint(state_dir: Path) -> Path:
+    """The empty directory on which jails are built, each in a mount namespace of its own.
+
+    One serves all, and nothing ever shows in it here. A jail of a root supervisor reaches it as an
+    unprivileged user, so it then lies outside the state directory, which is closed to others.
+    """
+    path = Path("/run/atp-sandbox/root") if os.geteuid() == 0 else state_dir / "run" / "root"
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SandboxError(
+            f"cannot make the directory {path}",
+            cause=str(error.strerror),
+            tip="Jails are put together there; make it, empty, with mode 0755.",
+        ) from error
+    return path

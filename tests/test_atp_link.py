@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import pytest
 import trustme
+from websocket import ABNF
 from websockets.sync.server import ServerConnection, serve
 
 from atp_sandbox.atp.link import (
@@ -56,7 +57,10 @@ class Peer:
                 raise ConnectionError("no request")
             head += byte
         self.request, *lines = head.decode().split("\r\n")[:-2]
-        self.headers = [tuple(line.split(": ", 1)) for line in lines]
+        self.headers: list[tuple[str, str]] = []
+        for line in lines:
+            name, _, value = line.partition(": ")
+            self.headers.append((name, value))
 
     def accept(self, and_then: bytes = b"") -> None:
         key = dict(self.headers)["Sec-WebSocket-Key"]
@@ -84,7 +88,11 @@ class Peer:
             data = self._exactly(size)
         except (ConnectionError, TimeoutError):
             return None
-        return head[0], bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+        return head[0], ABNF.mask(mask, data)
+
+    def frames(self) -> list[tuple[int, bytes]]:
+        """All frames up to the end of the stream."""
+        return list(iter(self.frame, None))
 
     def abort(self) -> None:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -103,9 +111,11 @@ class Peer:
 class ScriptedServer:
     """Hands each connection to `peers`, in order, once its request has been read."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.peers: queue.Queue[Peer] = queue.Queue()
         self._all: list[socket.socket] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -128,8 +138,10 @@ class ScriptedServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            self._all.append(sock)
             with suppress(OSError):
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(sock, server_side=True)
+                self._all.append(sock)
                 self.peers.put(Peer(sock))
 
 
@@ -199,18 +211,28 @@ def server() -> Iterator[ScriptedServer]:
     made.close()
 
 
+@pytest.fixture
+def tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext:
+    """A server's context, signed by an authority that the process trusts."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return context
+
+
+@pytest.fixture
+def tls_server(tls: ssl.SSLContext) -> Iterator[ScriptedServer]:
+    made = ScriptedServer(tls)
+    yield made
+    made.close()
+
+
 @pytest.fixture(params=["tcp", "tls"])
-def echo_url(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[str]:
+def echo_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """A `websockets` server that greets and then echoes, over TCP and over TLS."""
-    context = None
-    if request.param == "tls":
-        authority = trustme.CA()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("127.0.0.1").configure_cert(context)
-        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    context = request.getfixturevalue("tls") if request.param == "tls" else None
 
     def talk(connection: ServerConnection) -> None:
         connection.send("hello")
@@ -331,7 +353,7 @@ def test_the_handshake_is_the_sdks(
     ]
 
 
-def test_messages_pass_both_ways(client: Client, echo_url: str) -> None:
+def test_messages_pass_both_ways(echo_url: str, client: Client) -> None:
     link = client.start(echo_url)
     client.until(lambda: client.messages == [b"hello"])
     for index in range(500):
@@ -343,7 +365,7 @@ def test_messages_pass_both_ways(client: Client, echo_url: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1 << 20, 8 << 20])
-def test_large_messages_pass_both_ways(client: Client, echo_url: str, size: int) -> None:
+def test_large_messages_pass_both_ways(echo_url: str, client: Client, size: int) -> None:
     link = client.start(echo_url)
     client.saw(Connected)
     link.send("x" * size)
@@ -354,7 +376,7 @@ def test_large_messages_pass_both_ways(client: Client, echo_url: str, size: int)
 
 
 def test_text_beyond_ascii_passes_and_a_lone_surrogate_is_refused(
-    client: Client, echo_url: str
+    echo_url: str, client: Client
 ) -> None:
     link = client.start(echo_url)
     client.saw(Connected)
@@ -373,6 +395,36 @@ def test_a_frame_in_the_same_packet_as_the_handshake_is_delivered(
     client.until(lambda: client.messages == [b"hi"])
 
 
+def test_a_frame_in_the_same_tls_record_as_the_handshake_is_delivered(
+    client: Client, tls_server: ScriptedServer
+) -> None:
+    client.start(tls_server.url)
+    client.beside(tls_server.next).accept(and_then=b"\x81\x02hi")
+    client.until(lambda: client.messages == [b"hi"])
+
+
+def test_over_tls_too_what_was_not_written_comes_back(
+    client: Client, tls_server: ScriptedServer
+) -> None:
+    link = client.start(tls_server.url)
+    peer = client.beside(tls_server.next)
+    peer.accept()
+    client.saw(Connected)
+    texts = [f"{index:04}" + "x" * 99_996 for index in range(300)]
+    for text in texts:
+        link.send(text)
+    client.loop.run_until(lambda: False, 0.2)
+    assert client.beside(lambda: [peer.frame() for _ in range(100)])[99] == (
+        0x81,
+        texts[99].encode(),
+    )
+    peer.abort()
+    lost = client.saw(Disconnected)[0]
+    assert isinstance(lost, Disconnected)
+    assert 0 < len(lost.unsent) < 200
+    assert list(lost.unsent) == texts[-len(lost.unsent) :]
+
+
 def test_the_socket_has_keepalive_and_no_delay(client: Client, server: ScriptedServer) -> None:
     link = client.start(server.url)
     client.beside(server.next).accept()
@@ -383,7 +435,7 @@ def test_the_socket_has_keepalive_and_no_delay(client: Client, server: ScriptedS
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 
 
-def test_an_unknown_authority_is_not_trusted(client: Client, echo_url: str) -> None:
+def test_an_unknown_authority_is_not_trusted(echo_url: str, client: Client) -> None:
     if echo_url.startswith("http:"):
         pytest.skip("only with TLS")
     with pytest.MonkeyPatch.context() as patch:
@@ -542,12 +594,17 @@ def test_the_default_back_off_keeps_its_promises(client: Client, server: Scripte
     assert isinstance(refused, Refused)
     assert refused.retry_in_s == 0.5
     drawn: list[tuple[float, float]] = []
+
+    def draw(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return low
+
     link = Link(
         client.loop,
         LinkAddress(server.url, KEY),
         on_message=client.messages.append,
         on_state=client.events.append,
-        jitter=lambda low, high: drawn.append((low, high)) or low,
+        jitter=draw,
     )
     for _ in range(2000):
         link._retry()
@@ -683,12 +740,15 @@ def test_what_was_not_written_comes_back_in_order(
     assert 0 < len(lost.unsent) < 300
     assert list(lost.unsent) == texts[-len(lost.unsent) :]
     assert link.unsent_bytes == 0
+    if way == "close frame":
+        written = [data for opcode, data in client.beside(peer.frames) if opcode == 0x81]
+        assert [data.decode() for data in written] + list(lost.unsent) == texts
 
 
 def test_what_was_sent_in_the_same_turn_as_the_servers_close_is_not_lost(
     client: Client, server: ScriptedServer
 ) -> None:
-    link = client.start(server.url)
+    link = client.start(server.url, replace(FAST, close_wait_s=0.1))
     peer = client.beside(server.next)
     peer.accept()
     client.saw(Connected)
@@ -698,9 +758,9 @@ def test_what_was_sent_in_the_same_turn_as_the_servers_close_is_not_lost(
         assert time.monotonic() < deadline
     link.send("late")
     lost = client.saw(Disconnected)[0]
-    frames = [client.beside(peer.frame), client.beside(peer.frame)]
     assert isinstance(lost, Disconnected)
-    assert (lost.unsent == ("late",)) is ((0x81, b"late") not in frames)
+    assert lost.unsent == ("late",)
+    assert client.beside(peer.frames) == [(0x88, b"\x03\xe8")]
 
 
 # --- our own end
@@ -725,6 +785,31 @@ def test_close_sends_what_is_queued_then_the_close_frame_and_waits_for_the_answe
     assert client.events[2:] == [Disconnected("closed", None)]
     assert client.messages == []
     assert client.beside(peer.frame) is None
+
+
+def test_close_writes_long_answers_first(client: Client, server: ScriptedServer) -> None:
+    link = client.start(server.url, replace(FAST, close_wait_s=60))
+    peer = client.beside(server.next)
+    peer.accept()
+    client.saw(Connected)
+    for _ in range(5):
+        link.send("x" * 200_000)
+    link.close()
+    opcodes = client.beside(lambda: [peer.frame()[0] for _ in range(6)])  # type: ignore[index]
+    assert opcodes == [0x81] * 5 + [0x88]
+    peer.sock.close()
+    client.until(lambda: link.closed)
+
+
+def test_nothing_follows_our_close_frame(client: Client, server: ScriptedServer) -> None:
+    link = client.start(server.url, replace(FAST, first_ping_s=0.1, close_wait_s=0.3))
+    peer = client.beside(server.next)
+    peer.accept()
+    client.saw(Connected)
+    link.close()
+    peer.sock.sendall(b"\x89\x00")
+    client.until(lambda: link.closed)
+    assert client.beside(peer.frames) == [(0x88, b"\x03\xe8")]
 
 
 def test_close_waits_for_a_silent_server_only_so_long(
@@ -779,7 +864,12 @@ def test_close_from_within_a_message_delivers_no_more(
     client: Client, server: ScriptedServer
 ) -> None:
     link = client.start(server.url)
-    link._on_message = lambda message: (client.messages.append(message), link.close())
+
+    def close_on(message: bytes) -> None:
+        client.messages.append(message)
+        link.close()
+
+    link._on_message = close_on
     peer = client.beside(server.next)
     peer.accept(and_then=b"\x81\x01a\x81\x01b")
     assert client.beside(peer.frame) == (0x88, b"\x03\xe8")
@@ -787,7 +877,7 @@ def test_close_from_within_a_message_delivers_no_more(
 
 
 def test_the_close_handshake_satisfies_the_websockets_library(
-    client: Client, echo_url: str
+    echo_url: str, client: Client
 ) -> None:
     link = client.start(echo_url, replace(FAST, close_wait_s=60))
     client.saw(Connected)

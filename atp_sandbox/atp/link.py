@@ -589,7 +589,7 @@ class Link:
         return 0 if self._connection is None else self._connection.unsent_bytes
 
     def start(self) -> None:
-        """Begin to connect; returns at once."""
+        """Begin to connect; returns at once. To be called once."""
         self._connect()
 
     def send(self, text: str) -> None:

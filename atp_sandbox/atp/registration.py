@@ -237,7 +237,12 @@ class Registrar:
         timeouts = (self._timings.connect_s, self._timings.read_s)
         try:
             with requests.post(
-                self._url, json=body, timeout=timeouts, auth=_no_auth, stream=True
+                self._url,
+                json=body,
+                headers={"Content-Type": "application/json"},  # first, as the SDK has it
+                timeout=timeouts,
+                auth=_no_auth,
+                stream=True,
             ) as response:
                 return self._judge(response)
         except (requests.ConnectionError, requests.Timeout) as error:

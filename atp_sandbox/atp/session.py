@@ -127,13 +127,12 @@ class Session:
 
     def _identity(self, request: ToolRequest) -> bytes:
         digest = hashlib.blake2b(key=self._secret, digest_size=_DIGEST_BYTES)
-        token = request.auth_token_json
         # Lengths first: no two different requests may give the same bytes.
         sizes = (len(request.request_id_json), len(request.tool), len(request.params_json))
-        head = f"{sizes}{token is None}{request.request_id_json}{request.tool}"
+        head = f"{sizes}{request.request_id_json}{request.tool}"
         digest.update(head.encode("utf-8", "surrogatepass"))
         digest.update(request.params_json.encode("ascii"))
-        digest.update((token or "").encode("ascii"))
+        digest.update((request.auth_token_json or "").encode("ascii"))
         return digest.digest()
 
     def _forget_old(self, now: float) -> None:

@@ -1,0 +1,68 @@
+"""Whether a request may reach a worker: the tool is known, its parameters and its token are there.
+
+PURE.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from atp_sandbox.atp.messages import ToolRequest
+from atp_sandbox.discovery import Tool
+from atp_sandbox.outcome import Failure, Kind
+
+_MAX_SHOWN_CHARS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTool:
+    """One tool as a link serves it."""
+
+    toolkit: str
+    app_name: str
+    tool: Tool
+
+
+def admit(request: ToolRequest, tools: Mapping[str, ServedTool]) -> Failure | None:
+    """Why `request` is answered without a call; None if it may run.
+
+    A parameter that is null counts as present. A token satisfies a required `auth_token`, and so
+    does one that the caller put into the parameters under that name or the `auth_with` name.
+    """
+    served = tools.get(request.tool)
+    if served is None:
+        return _unknown(request.tool, tools)
+    tool, params = served.tool, request.params
+    has_token = request.auth_token_json is not None
+    token_names = {"auth_token", tool.auth_with}
+    missing = [
+        name
+        for name in tool.required
+        if name not in params and not (has_token and name in token_names)
+    ]
+    # A token that is missing is said to be one, even where it is listed as a parameter.
+    missing_params = [name for name in missing if name != "auth_token"]
+    if missing_params:
+        names = ", ".join(missing_params)
+        return Failure(
+            Kind.INVALID_PARAMS,
+            f"Tool {tool.name} is missing required parameters: {names}.",
+            details={"missing": missing_params},
+        )
+    if tool.declares_auth and not has_token and not any(params.get(n) for n in token_names if n):
+        provider = f" for {tool.auth_provider}" if tool.auth_provider else ""
+        return Failure(
+            Kind.AUTH_REQUIRED, f"Tool {tool.name} needs an auth_token{provider}; none was given."
+        )
+    return None
+
+
+def _unknown(name: str, tools: Mapping[str, ServedTool]) -> Failure:
+    shown = name[:_MAX_SHOWN_CHARS]
+    sentence = f"Unknown tool: {shown}."
+    near = difflib.get_close_matches(shown, tools, n=1)
+    if near:
+        sentence += f" Did you mean {near[0]}?"
+    return Failure(Kind.UNKNOWN_TOOL, sentence)

@@ -1,0 +1,137 @@
+"""Options that several commands share, and what they mean as values."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from atp_sandbox.errors import UsageError
+from atp_sandbox.limits import Limits, format_duration, format_size, parse_duration, parse_size
+from atp_sandbox.settings import Lifetime, ToolkitSettings, parse_lifetime
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULTS = Limits()
+RESERVED_NAMES = frozenset({"ATP_API_KEY"})
+"""Environment names that have a meaning of their own inside a jail."""
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class _Parsed(click.ParamType):
+    """An option whose text a function of ours understands."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except (ValueError, OverflowError) as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = _Parsed("size", parse_size)
+DURATION = _Parsed("duration", parse_duration)
+LIFETIME = _Parsed("lifetime", parse_lifetime)
+
+
+def toolkit_options(command: F) -> F:
+    """The limits, the environment and the files of a toolkit given on the command line."""
+    options = [
+        click.option(
+            "--env", "env", multiple=True, metavar="NAME[=VALUE]",
+            help="Environment of the toolkit: a value, or this shell's. Not for secrets.",
+        ),
+        click.option(
+            "--data", "data", multiple=True, metavar="PATH", type=click.Path(path_type=Path),
+            help="A file or folder that the toolkit needs beside itself, read-only.",
+        ),
+        click.option(
+            "--time", "time_s", type=DURATION, metavar="DURATION",
+            help=f"Longest time of a call, from receipt. [{format_duration(DEFAULTS.time_s)}]",
+        ),
+        click.option(
+            "--import-time", "import_time_s", type=DURATION, metavar="DURATION",
+            help="Longest time of the toolkit's import. "
+            f"[{format_duration(DEFAULTS.import_time_s)}]",
+        ),
+        click.option(
+            "--memory", "memory_bytes", type=SIZE, metavar="SIZE",
+            help=f"What a call may add to its process. [{format_size(DEFAULTS.memory_bytes)}]",
+        ),
+        click.option(
+            "--output", "output_bytes", type=SIZE, metavar="SIZE",
+            help=f"Largest result, as JSON. [{format_size(DEFAULTS.output_bytes)}]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def limits_from(given: Mapping[str, Any]) -> Limits:
+    """The default limits, with those that were given."""
+    return replace(DEFAULTS, **{name: value for name, value in given.items() if value is not None})
+
+
+def environment_from(pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` as given, `NAME` from our own environment; UsageError if it is not there."""
+    environment: dict[str, str] = {}
+    for pair in pairs:
+        name, has_value, value = pair.partition("=")
+        if not _ENV_NAME.fullmatch(name):
+            raise UsageError(f"--env: {name!r} is no name of an environment variable")
+        if name in RESERVED_NAMES:
+            raise UsageError(
+                f"--env: {name} is reserved",
+                tip="toolkits see a placeholder; the real key stays with the supervisor",
+            )
+        if not has_value:
+            if name not in os.environ:
+                raise UsageError(f"--env: {name} is not set here", tip=f"write --env {name}=VALUE")
+            value = os.environ[name]
+        environment[name] = value
+    return environment
+
+
+def toolkits_from(
+    paths: Sequence[Path],
+    *,
+    env: Sequence[str] = (),
+    data: Sequence[Path] = (),
+    limits: Limits,
+    lifetime: Lifetime,
+) -> tuple[ToolkitSettings, ...]:
+    """One toolkit a path, named after it; UsageError if values for one are given to several."""
+    if len(paths) > 1 and (env or data):
+        raise UsageError(
+            "--env and --data are for one toolkit",
+            tip="with several, write an atp-sandbox.toml with a [toolkit.NAME] table for each",
+        )
+    environment = environment_from(env)
+    taken: set[str] = set()
+    toolkits = []
+    for path in paths:
+        name = _name(path, taken)
+        taken.add(name)
+        toolkits.append(
+            ToolkitSettings(name, path, tuple(data), environment, limits, lifetime)
+        )
+    return tuple(toolkits)
+
+
+def _name(path: Path, taken: set[str]) -> str:
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", path.resolve().stem)[:60] or "toolkit"
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name

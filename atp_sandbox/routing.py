@@ -1,0 +1,197 @@
+"""Which tool is served over which link, under which name and key. PURE.
+
+The operator's key and address make one link for everything; otherwise, and only if the operator said
+so, each distinct pair of address and key that the toolkits name makes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from atp_sandbox.admission import ServedTool
+from atp_sandbox.atp.link import LinkAddress
+from atp_sandbox.discovery import Client, Discovery, Tool
+from atp_sandbox.errors import BackendError, SandboxError, UsageError
+from atp_sandbox.log import printable
+from atp_sandbox.settings import BackendSettings
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedTool:
+    """A tool that is not served because its name is taken on that link."""
+
+    toolkit: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One link to be."""
+
+    base_url: str
+    api_key: str = field(repr=False)
+    tools: Mapping[str, ServedTool]
+    """What is served, by name."""
+    registered: tuple[ServedTool, ...]
+    """What the backend is told of, in order; of a name that was registered twice, both."""
+    refused: tuple[RefusedTool, ...]
+    is_served: bool
+    """False if every client of it was stopped before it was started: announced, no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Warning:
+    event: str
+    message: str
+
+
+def warnings(toolkit: str, discovery: Discovery) -> Iterator[Warning]:
+    """What the author of a toolkit should hear about its registrations."""
+    seen: set[tuple[int, str]] = set()
+    for tool in discovery.registrations:
+        if (tool.client, tool.name) in seen:
+            name = printable(tool.name)
+            yield Warning("tool_replaced", f"{name} is registered twice; the last one is served")
+        seen.add((tool.client, tool.name))
+    for number, client in enumerate(discovery.clients):
+        has_tools = any(tool.client == number for tool in discovery.registrations)
+        if has_tools and not client.started and not client.stopped:
+            app = printable(client.app_name)
+            yield Warning(
+                "client_not_started",
+                f"client {app} registered tools but never called start(); it is served all the same",
+            )
+
+
+def route(discoveries: Mapping[str, Discovery], backend: BackendSettings) -> tuple[Route, ...]:
+    """The links for these toolkits, given in the operator's order.
+
+    UsageError if neither the operator nor, by the operator's leave, the toolkits say where to.
+    """
+    app_name = backend.app_name
+    if app_name is not None and sum(len(d.clients) for d in discoveries.values()) > 1:
+        app_name = None
+    if backend.as_written:
+        targets = _as_written(discoveries)
+    else:
+        targets = _operators(discoveries, backend)
+    return tuple(
+        _route(base_url, api_key, owners, discoveries, app_name)
+        for (base_url, api_key), owners in targets.items()
+    )
+
+
+Owners = list[tuple[str, int]]
+"""(toolkit, client)"""
+
+
+def _operators(
+    discoveries: Mapping[str, Discovery], backend: BackendSettings
+) -> dict[tuple[str, str], Owners]:
+    if backend.api_key is None or backend.base_url is None:
+        missing = [
+            name
+            for name, value in (
+                ("an API key (--api-key-file or ATP_API_KEY)", backend.api_key),
+                ("a base URL (--base-url or ATP_BASE_URL)", backend.base_url),
+            )
+            if value is None
+        ]
+        named = sorted(
+            {
+                f"{printable(client.base_url)} (toolkit {toolkit}, app {printable(client.app_name)})"
+                for toolkit, discovery in discoveries.items()
+                for client in discovery.clients
+            }
+        )
+        raise UsageError(
+            f"The backend is not known: there is no {' and no '.join(missing)}.".replace(
+                "no an ", "no "
+            ).replace("no a ", "no "),
+            cause="The toolkits name: " + "; ".join(named),
+            tip="Give both, or use --embedded to try it here, or --as-written to connect where the "
+            "toolkits say, with the keys they hold.",
+        )
+    owners = [
+        (toolkit, number)
+        for toolkit, discovery in discoveries.items()
+        for number in range(len(discovery.clients))
+    ]
+    return {(backend.base_url.rstrip("/"), backend.api_key): owners}
+
+
+def _as_written(discoveries: Mapping[str, Discovery]) -> dict[tuple[str, str], Owners]:
+    targets: dict[tuple[str, str], Owners] = {}
+    faults: list[str] = []
+    for toolkit, discovery in discoveries.items():
+        for number, client in enumerate(discovery.clients):
+            if not any(tool.client == number for tool in discovery.registrations):
+                continue
+            try:
+                LinkAddress(client.base_url, client.api_key)
+            except SandboxError as error:
+                faults.append(f"{toolkit}: {printable(client.base_url)}: {error.message}")
+                continue
+            key = (client.base_url.rstrip("/"), client.api_key)
+            targets.setdefault(key, []).append((toolkit, number))
+    if not targets:
+        raise UsageError(
+            "No toolkit names a backend that can be connected to.", cause="\n".join(faults)
+        )
+    return targets
+
+
+def unusable_addresses(discoveries: Mapping[str, Discovery]) -> Iterator[tuple[str, Client, str]]:
+    """(toolkit, client, why) for each address that `--as-written` cannot use."""
+    for toolkit, discovery in discoveries.items():
+        for client in discovery.clients:
+            try:
+                LinkAddress(client.base_url, client.api_key)
+            except SandboxError as error:
+                yield toolkit, client, error.message
+
+
+def _route(
+    base_url: str,
+    api_key: str,
+    owners: Owners,
+    discoveries: Mapping[str, Discovery],
+    app_name: str | None,
+) -> Route:
+    tools: dict[str, ServedTool] = {}
+    registered: list[ServedTool] = []
+    refused: list[RefusedTool] = []
+    wanted = set(owners)
+    is_served = False
+    for toolkit, discovery in discoveries.items():
+        served = {id(tool) for tool in discovery.served()}
+        for tool in discovery.registrations:
+            if (toolkit, tool.client) not in wanted:
+                continue
+            holder = tools.get(tool.name)
+            if holder is not None and holder.toolkit != toolkit:
+                refused.append(RefusedTool(toolkit, tool.name, _taken(tool, holder.toolkit)))
+                continue
+            name = app_name or discovery.clients[tool.client].app_name
+            entry = ServedTool(toolkit, name, tool)
+            registered.append(entry)
+            if id(tool) in served:
+                tools[tool.name] = entry
+                is_served = True
+    return Route(base_url, api_key, tools, tuple(registered), tuple(refused), is_served)
+
+
+def _taken(tool: Tool, holder: str) -> str:
+    return f"{printable(tool.name)} is already served by toolkit {holder}, which comes first"
+
+
+def refused_by_backend(url: str, reason: str) -> BackendError:
+    """The error for a first handshake that was answered 401 or 403."""
+    return BackendError(
+        f"The backend refused the connection: {url}",
+        cause=reason,
+        tip="Check the API key and that it belongs to this backend; --ws-path 0.1 is for backends "
+        "of the SDK's first releases.",
+    )

@@ -1,0 +1,279 @@
+"""`serve`: toolkits on one side, links on the other, and the order in which both come and go.
+
+Enqueue, decide, act: what a request or an outcome leads to is decided by the pure modules; this
+joins the node to the links and knows when everything is ready and when everything is over.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+from atp_sandbox import log, routing
+from atp_sandbox.atp.link import LinkAddress
+from atp_sandbox.discovery import Discovery
+from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
+from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
+from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.node import Node
+from atp_sandbox.outcome import Failure, Outcome
+from atp_sandbox.samples import SampleCalls
+from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
+from atp_sandbox.settings import ServeSettings
+from atp_sandbox.state import LinkLock
+from atp_sandbox.toolkit import NodeCall, ServedToolkit
+
+DRAIN_LOOK_S = 0.02
+SEND_GRACE_S = 5.0
+"""For answers to leave after the last call ended, before the rest of them is given up."""
+SHUTDOWN_S = 2.0
+"""For links to say good-bye."""
+
+
+class Supervisor:
+    """Runs one `serve`; `run()` returns the exit code. All but `request_stop` in one thread."""
+
+    def __init__(self, settings: ServeSettings, *, on_ready: Callable[[], None] | None = None) -> None:
+        """SandboxError if the state directory cannot be used."""
+        self._settings = settings
+        self.on_ready = on_ready or (lambda: None)
+        """Called in the loop once every link is connected."""
+        self._loop = Loop()
+        self._node = Node(self._loop, settings.state_dir, self)
+        self._undecided = {toolkit.name for toolkit in settings.toolkits}
+        self._discoveries: dict[str, Discovery] = {}
+        self._stopped_clients: set[tuple[str, int]] = set()
+        self._units: list[LinkUnit] = []
+        self._open_units: list[LinkUnit] = []
+        self._locks: list[LinkLock] = []
+        self._samples: SampleCalls | None = None
+        self._error: SandboxError | None = None
+        self._is_ready = False
+        self._stop_requests = 0
+        self._drain_deadline = 0.0
+        self._drain_timer: Timer | None = None
+        self._started_at = time.monotonic()
+        self.routes: tuple[routing.Route, ...] = ()
+
+    def run(self, *, handle_signals: bool = True) -> int:
+        """Serve until stopped: 0 after a drain, 1 if nothing can be served.
+
+        SandboxError says why nothing could be served, where one reason is to be told.
+        """
+        try:
+            if handle_signals:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self._loop.on_signal(number, self._on_stop_request)
+            self._loop.call_soon(self._start)
+            self._loop.run()
+        finally:
+            for unit in self._open_units:
+                unit.close()
+            self._node.close()
+            for lock in self._locks:
+                lock.close()
+            self._loop.close()
+        if self._error is not None:
+            raise self._error
+        return 0
+
+    def request_stop(self) -> None:
+        """Drain and return from `run`; a second request ends at once. From any thread."""
+        self._loop.call_from_thread(self._on_stop_request)
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        for settings in self._settings.toolkits:
+            try:
+                self._node.add(settings)
+            except ToolkitError as error:
+                self._log_failure(settings.name, error)
+                self._undecided.discard(settings.name)
+            except SandboxError as error:
+                self._fail(error)
+                return
+        self._when_decided()
+
+    def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None:
+        self._discoveries[toolkit.name] = discovery
+        self._undecided.discard(toolkit.name)
+        for warning in routing.warnings(toolkit.name, discovery):
+            log.emit(log.WARNING, warning.event, warning.message, toolkit=toolkit.name)
+        self._loop.call_soon(self._when_decided)
+
+    def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None:
+        if isinstance(error, IsolationError):
+            self._fail(error)
+            return
+        self._log_failure(toolkit.name, error)
+        self._undecided.discard(toolkit.name)
+        self._loop.call_soon(self._when_decided)
+
+    def _log_failure(self, name: str, error: SandboxError) -> None:
+        log.emit(log.ERROR, "toolkit_failed", error.render(), toolkit=name)
+
+    def _when_decided(self) -> None:
+        if self._undecided or self._units or self._error is not None:
+            return
+        if not self._discoveries:
+            self._fail(
+                ToolkitError(
+                    "No toolkit can be served.",
+                    tip="The reasons are above; `atp-sandbox inspect TOOLKIT` looks at one alone.",
+                )
+            )
+            return
+        if self._settings.backend.as_written:
+            for name, client, reason in routing.unusable_addresses(self._discoveries):
+                log.emit(log.WARNING, "address_unusable", reason, toolkit=name,
+                         url=log.printable(client.base_url))
+        order = [t.name for t in self._settings.toolkits if t.name in self._discoveries]
+        try:
+            self.routes = routing.route(
+                {name: self._discoveries[name] for name in order}, self._settings.backend
+            )
+            for found in self.routes:
+                self._open(found)
+        except SandboxError as error:
+            self._fail(error)
+            return
+        if self._settings.backend.sample_responses:
+            calls = [tool for found in self.routes for tool in found.registered]
+            self._samples = SampleCalls(calls, self._node.submit, self._register)
+            self._samples.start(self._loop.now())
+        else:
+            self._register()
+
+    def _open(self, found: routing.Route) -> None:
+        address = LinkAddress(found.base_url, found.api_key, self._settings.backend.ws_path)
+        for refused in found.refused:
+            log.emit(log.WARNING, "tool_refused", refused.reason, toolkit=refused.toolkit,
+                     tool=refused.name)
+        lock = LinkLock(self._settings.state_dir, found.base_url, found.api_key)
+        lock.acquire()
+        self._locks.append(lock)
+        unit = LinkUnit(self._loop, address, self, dict(found.tools))
+        self._units.append(unit)
+        self._open_units.append(unit)
+        if self._settings.backend.as_written:
+            log.emit(log.INFO, "link_as_written", "connecting where the toolkit says",
+                     url=address.redacted)
+
+    def _register(self) -> None:
+        for unit, found in zip(self._units, self.routes, strict=True):
+            entries = [
+                registration_entry(
+                    tool,
+                    send_source=self._settings.backend.send_source,
+                    sample=None if self._samples is None else self._samples.outcome(tool),
+                )
+                for tool in found.registered
+            ]
+            unit.register(entries, then_connect=found.is_served)
+
+    # -- links -------------------------------------------------------------------------------------
+
+    def submit(self, call: NodeCall) -> None:
+        self._node.submit(call)
+
+    def link_connected(self, unit: LinkUnit) -> None:
+        if self._is_ready or not all(u.was_connected for u in self._open_units):
+            return
+        self._is_ready = True
+        tools = sum(len(unit.tools) for unit in self._units)
+        log.emit(
+            log.INFO,
+            "ready",
+            f"ready: {tools} tools of {len(self._discoveries)} toolkits are served",
+            tools=tools,
+            toolkits=len(self._discoveries),
+            links=len(self._units),
+            seconds=round(time.monotonic() - self._started_at, 2),
+        )
+        self.on_ready()
+
+    def link_refused(self, unit: LinkUnit, reason: str) -> None:
+        error = routing.refused_by_backend(unit.address.redacted, reason)
+        if len(self._open_units) == 1:
+            self._error = error
+        else:
+            log.emit(log.ERROR, "link_refused", error.render(), url=unit.address.redacted)
+        self.link_closed(unit)
+
+    def link_closed(self, unit: LinkUnit) -> None:
+        if unit in self._open_units:
+            self._open_units.remove(unit)
+        if not self._open_units:
+            self._loop.stop()
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
+        context = call.context
+        if not isinstance(context, CallContext):
+            assert self._samples is not None
+            self._samples.finished(call, outcome)
+            return
+        if printed:
+            log.emit(log.INFO, "tool_output", printed, toolkit=call.toolkit, tool=call.tool.name,
+                     request_id=context.request_id_json)
+        if isinstance(outcome, Failure):
+            log.emit(log.INFO, "call_failed", outcome.error, toolkit=call.toolkit,
+                     tool=call.tool.name, request_id=context.request_id_json,
+                     kind=outcome.kind.value,
+                     seconds=round(self._loop.now() - call.received_at, 3))
+        context.unit.answer(context, outcome)
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
+        """The toolkit's own `stop()`: its client is served no more."""
+        log.emit(log.INFO, "client_stopped", "the toolkit stopped a client", toolkit=toolkit.name)
+        self._stopped_clients.add((toolkit.name, client))
+        for unit in list(self._open_units):
+            of_unit = {(served.toolkit, served.tool.client) for served in unit.tools.values()}
+            if of_unit <= self._stopped_clients:
+                unit.refuse(UNAVAILABLE_STOPPED)
+                self._close_when_settled(unit)
+        discovery = self._discoveries[toolkit.name]
+        clients = {(toolkit.name, tool.client) for tool in discovery.served()}
+        if clients <= self._stopped_clients:
+            self._node.stop_toolkit(toolkit.name)
+
+    def _close_when_settled(self, unit: LinkUnit) -> None:
+        if unit.is_settled:
+            unit.close()
+        else:
+            self._loop.call_later(DRAIN_LOOK_S, lambda: self._close_when_settled(unit))
+
+    def _on_stop_request(self) -> None:
+        self._stop_requests += 1
+        if self._stop_requests > 1 or not self._units:
+            self._loop.stop()
+            return
+        log.emit(log.INFO, "draining", "no new calls; running ones may finish")
+        for unit in self._open_units:
+            unit.refuse(UNAVAILABLE_DRAINING)
+        self._node.drain()
+        longest_s = max(t.limits.time_s for t in self._settings.toolkits)
+        self._drain_deadline = self._loop.now() + longest_s + SEND_GRACE_S
+        self._look_whether_drained()
+
+    def _look_whether_drained(self) -> None:
+        now = self._loop.now()
+        if self._node.is_idle:
+            # From here on only answers have to leave, and only where there is a way.
+            self._drain_deadline = min(self._drain_deadline, now + SEND_GRACE_S)
+        settled = all(unit.is_settled for unit in self._open_units)
+        if (self._node.is_idle and settled) or now >= self._drain_deadline:
+            self._loop.call_later(SHUTDOWN_S, self._loop.stop)
+            for unit in list(self._open_units):
+                unit.close()
+            return
+        self._drain_timer = self._loop.call_later(DRAIN_LOOK_S, self._look_whether_drained)
+
+    def _fail(self, error: SandboxError) -> None:
+        self._error = self._error or error
+        self._loop.stop()
