@@ -28,6 +28,10 @@ class SandboxError(Exception):
         self.message = message
         self.cause = cause
         self.tip = tip
+        # A script that uses the library sees them below the traceback.
+        for label, text in (("cause", cause), ("tip", tip)):
+            if text:
+                self.add_note(f"{label}: {text}")
 
     def render(self) -> str:
         """The `error:` / `cause:` / `tip:` lines, without a trailing newline."""

@@ -118,6 +118,7 @@ def _operators(
         (toolkit, number)
         for toolkit, discovery in discoveries.items()
         for number in range(len(discovery.clients))
+        if backend.only_client in (None, number)
     ]
     return {(backend.base_url.rstrip("/"), backend.api_key): owners}
 

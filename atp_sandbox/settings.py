@@ -66,6 +66,8 @@ class BackendSettings:
     """SDK generation of the websocket path and registration body: `0.1` or `0.2`."""
     send_source: bool = True
     sample_responses: bool = False
+    only_client: int | None = None
+    """Serve one client of the toolkit, by its place among them: how the library serves each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -745,6 +745,24 @@ def test_what_was_not_written_comes_back_in_order(
         assert [data.decode() for data in written] + list(lost.unsent) == texts
 
 
+def test_a_half_written_text_comes_back_and_is_not_finished_behind_the_owners_back(
+    client: Client, server: ScriptedServer
+) -> None:
+    link = client.start(server.url)
+    peer = client.beside(server.next)
+    peer.accept()
+    client.saw(Connected)
+    texts = ("x" * (64 << 20), "small")
+    for text in texts:
+        link.send(text)
+    client.loop.run_once()
+    peer.sock.sendall(b"\x88\x02\x03\xe8")
+    lost = client.saw(Disconnected)[0]
+    assert isinstance(lost, Disconnected)
+    assert lost.unsent == texts
+    assert client.beside(peer.frames) == []
+
+
 def test_what_was_sent_in_the_same_turn_as_the_servers_close_is_not_lost(
     client: Client, server: ScriptedServer
 ) -> None:

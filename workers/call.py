@@ -77,9 +77,9 @@ def _settle(channel_fd: int, output_fd: int, slot: int) -> socket.socket:
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
-        numpy_random.seed()  # type: ignore[attr-defined]
+        numpy_random.seed()
     if _run_coroutine is not None:
-        sys.modules["asyncio.events"]._set_running_loop(None)  # type: ignore[attr-defined]
+        sys.modules["asyncio.events"]._set_running_loop(None)
     return socket.socket(fileno=high_fd)
 
 

@@ -23,7 +23,7 @@ RESERVED_NAMES = frozenset({"ATP_API_KEY"})
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType[Any]):
     """An option whose text a function of ours understands."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:

@@ -85,12 +85,12 @@ def _own_code() -> Iterator[str]:
         path = os.path.join(_parent_of(package), package)
         yield from {path, os.path.realpath(path)}
     try:
-        files = importlib.metadata.distribution("atp-sandbox")
+        distribution = importlib.metadata.distribution("atp-sandbox")
     except importlib.metadata.PackageNotFoundError:
         return
-    path = getattr(files, "_path", None)
-    if isinstance(path, Path) and path.is_dir():
-        yield str(path)
+    metadata = getattr(distribution, "_path", None)
+    if isinstance(metadata, Path) and metadata.is_dir():
+        yield str(metadata)
 
 
 def _parent_of(package: str) -> str:

@@ -341,9 +341,9 @@ class Jail:
         if inner_pid == self._zygote_inner_pid:
             # What it sent before it ended counts: a report of a broken import, or a last answer.
             self._zygote_channel.read_now()
-            for worker in list(self._workers.values()):
-                if worker.inner_pid == inner_pid:
-                    self._finish_worker(worker, exited)
+            for one in list(self._workers.values()):
+                if one.inner_pid == inner_pid:
+                    self._finish_worker(one, exited)
             self._end(_describe_exit("its zygote", exited.status))
             return
         worker = self._by_inner_pid.get(inner_pid)
@@ -416,7 +416,7 @@ class Jail:
             self._end("its zygote spoke of a worker that is not starting")
             return
         self._listener.worker_hung_up(self, number)
-        self._finish_worker(worker, Exited(os.W_EXITCODE(errno & 0x7F, 0), 0.0, 0))
+        self._finish_worker(worker, Exited((errno & 0x7F) << 8, 0.0, 0))
 
     # -- workers -----------------------------------------------------------------------------------
 

@@ -97,6 +97,11 @@ class ToolKitClient:
             raise SystemExit
         registry.on_start()
 
+    def start_in_background(self) -> None:
+        """Mark this client as started and go on: `atp_sandbox.ToolKitClient` serves outside."""
+        registry.clients[self._number]["started"] = True
+        registry.on_registered()
+
     def stop(self) -> None:
         """Stop serving this client; quietly does nothing before `start()`."""
         registry.clients[self._number]["stopped"] = True
