@@ -1,0 +1,523 @@
+"""Toolkits written for the published SDK run as they are: layout, imports, start, environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HEAD, LogLine, NodeMaker, ServedNode, toolkit_text, write_tree
+
+from atp_sandbox import routing
+from atp_sandbox.jails.host import host_view
+from atp_sandbox.outcome import Kind
+from atp_sandbox.settings import LifetimeKind
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def plain(make_module_node: NodeMaker) -> ServedNode:
+    """A toolkit of one file that records what its import saw."""
+    body = """
+        import os, sys, tempfile
+
+        seen = {
+            "name": __name__,
+            "file": __file__,
+            "argv": list(sys.argv),
+            "cwd": os.getcwd(),
+            "first": sys.path[0],
+            "environment": dict(os.environ),
+        }
+        with tempfile.NamedTemporaryFile(mode="w") as scratch:
+            scratch.write("the import may write scratch files")
+
+
+        @tool
+        def at_import(**_):
+            return seen
+    """
+    return make_module_node(toolkit_text(body), env={"REGION": "eu"})
+
+
+# -- layout ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ["__main__.py", "toolkit.py", "main.py"])
+def test_folder_runs_from_each_entry_name(make_node: NodeMaker, tmp_path: Path, entry: str) -> None:
+    folder = write_tree(tmp_path / "kit", {"words.py": "GREETING = 'hello'\n"})
+    text = "import words\n" + toolkit_text("@tool\ndef greet(**_):\n    return words.GREETING\n")
+    (folder / entry).write_text(text)
+    assert make_node(folder).call("greet").value == "hello"
+
+
+def test_package_runs_with_relative_imports_and_bare_neighbours(
+    make_node: NodeMaker, tmp_path: Path
+) -> None:
+    folder = write_tree(
+        tmp_path / "weather",
+        {
+            "__init__.py": "UNIT = 'celsius'\n",
+            "sub/__init__.py": "",
+            "sub/deep.py": "from .. import UNIT\n",
+            "near.py": "PLACE = 'here'\n",
+        },
+    )
+    imports = "from . import UNIT\nfrom .sub.deep import UNIT as DEEP\nimport near\n"
+    body = "@tool\ndef all_of(**_):\n    return [UNIT, DEEP, near.PLACE, __package__, __name__]\n"
+    (folder / "toolkit.py").write_text(imports + toolkit_text(body))
+    value = make_node(folder).call("all_of").value
+    assert value == ["celsius", "celsius", "here", "weather", "__main__"]
+
+
+def test_toolkit_directory_is_a_read_only_snapshot(make_node: NodeMaker, tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "kit", {"main.py": toolkit_text(), "rate.txt": "1.5"})
+    node = make_node(folder)
+    (folder / "rate.txt").write_text("99")
+    (folder / "late.txt").write_text("too late")
+
+    def look() -> list[object]:
+        import os
+
+        refused = []
+        for action in (
+            lambda: open("/toolkit/new.txt", "w"),
+            lambda: open("/toolkit/rate.txt", "a"),
+            lambda: os.unlink("/toolkit/rate.txt"),
+            lambda: os.chmod("/toolkit/rate.txt", 0o777),
+        ):
+            try:
+                action()
+            except OSError as error:
+                refused.append(error.errno)
+        return [sorted(os.listdir("/toolkit")), open("/toolkit/rate.txt").read(), refused]
+
+    names, rate, refused = node.inside(look)
+    assert (names, rate) == (["main.py", "rate.txt"], "1.5")
+    assert len(refused) == 4
+
+
+def test_data_lies_beside_a_single_file(make_node: NodeMaker, tmp_path: Path) -> None:
+    data = write_tree(tmp_path / "data", {"cities.csv": "Berlin\n", "more/a.txt": "a"})
+    body = "CITIES = open('cities.csv').read() + open('more/a.txt').read()\n"
+    body += "@tool\ndef cities(**_):\n    return CITIES\n"
+    node = make_node(toolkit_text(body), data=[data / "cities.csv", data / "more"])
+    assert node.call("cities").value == "Berlin\na"
+
+
+# -- surroundings ----------------------------------------------------------------------------------
+
+
+def test_script_runs_as_main_in_its_own_directory(plain: ServedNode) -> None:
+    seen = plain.call("at_import").value
+    assert seen["name"] == "__main__"
+    assert seen["file"] == "/toolkit/kit.py"
+    assert seen["argv"] == ["/toolkit/kit.py"]
+    assert (seen["cwd"], seen["first"]) == ("/toolkit", "/toolkit")
+
+
+def test_environment_is_what_the_operator_gave_and_a_placeholder_key(plain: ServedNode) -> None:
+    environment = plain.call("at_import").value["environment"]
+    assert environment["ATP_API_KEY"] == "sandbox-placeholder"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["REGION"] == "eu"
+
+
+def test_home_and_tmpdir_are_writable_scratch_in_a_call(plain: ServedNode) -> None:
+    def write() -> list[str]:
+        import os
+        import tempfile
+        from pathlib import Path
+
+        Path.home().joinpath("in-home").write_text("x")
+        with tempfile.NamedTemporaryFile() as file:
+            return [os.path.dirname(file.name), os.environ["TMPDIR"], os.environ["HOME"]]
+
+    where, tmpdir, home = plain.inside(write)
+    assert where == tmpdir == home
+    assert home.startswith("/scratch/")
+
+
+def test_installed_packages_certificates_and_time_zones_are_there(plain: ServedNode) -> None:
+    def use() -> list[object]:
+        import datetime
+        import os
+        import ssl
+        import zoneinfo
+
+        import requests
+
+        paths = ssl.get_default_verify_paths()
+        bundles = [
+            p for p in (paths.cafile, paths.capath, requests.certs.where()) if p and os.path.exists(p)
+        ]
+        noon = datetime.datetime(2026, 7, 1, 12, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))
+        return [requests.__name__, len(bundles) > 0, noon.utcoffset().total_seconds()]
+
+    assert plain.inside(use) == ["requests", True, 7200.0]
+
+
+def test_toolkits_own_modules_win_over_names_of_ours(make_node: NodeMaker, tmp_path: Path) -> None:
+    names = ("workers", "frames", "msgpack", "stdio", "warden", "discovery")
+    folder = write_tree(tmp_path / "kit", {f"{name}.py": "MINE = True\n" for name in names})
+    imports = "".join(f"import {name}\n" for name in names)
+    body = f"@tool\ndef mine(**_):\n    return [m.MINE for m in ({', '.join(names)})]\n"
+    (folder / "main.py").write_text(imports + toolkit_text(body))
+    node = make_node(folder)
+    assert node.call("mine").value == [True] * len(names)
+    node.assert_healthy()
+
+
+def test_our_sdk_wins_over_one_in_the_toolkit_folder(make_node: NodeMaker, tmp_path: Path) -> None:
+    folder = write_tree(
+        tmp_path / "kit",
+        {"atp_sdk/__init__.py": "raise SystemExit('the wrong one')\n", "main.py": toolkit_text()},
+    )
+    make_node(folder).assert_healthy()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What a toolkit finds where we are installed in site-packages, beside trouble."""
+    place = tmp_path_factory.mktemp("installed")
+    site = place / "site-packages"
+    for package in ("atp_sandbox", "workers"):
+        shutil.copytree(ROOT / package, site / package, ignore=shutil.ignore_patterns("*.pyc"))
+    write_tree(
+        site,
+        {
+            "trouble.pth": "import builtins; builtins.pth_was_run = True\n",
+            "atp_sdk/__init__.py": "raise RuntimeError('the published one')\n",
+            "neighbour.py": "HERE = True\n",
+            "atp_sandbox-9.dist-info/METADATA": "Name: atp-sandbox\nVersion: 9\n",
+            "atp_sandbox-9.dist-info/RECORD": "atp_sandbox/supervisor.py,,\n",
+        },
+    )
+    body = """
+        import builtins, importlib, os, sys
+        import atp_sandbox, neighbour
+
+        def unimportable(name):
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                return True
+
+        @tool
+        def look(**_):
+            listed = []
+            for top in {*sys.path, "/toolkit", "/work", "/usr", "/opt", "/home", "/root"}:
+                for where, _folders, files in os.walk(top):
+                    listed += [os.path.join(where, name) for name in files]
+            ours = ("supervisor.py", "zygote.py", "warden.py", "link_unit.py", "boot.py")
+            return {
+                "pth": hasattr(builtins, "pth_was_run"),
+                "neighbour": neighbour.HERE,
+                "public": sorted(n for n in vars(atp_sandbox) if not n.startswith("__")),
+                "same": atp_sandbox.ToolKitClient is type(client),
+                "hidden": unimportable("atp_sandbox.supervisor") and unimportable("workers.zygote"),
+                "files": [p for p in listed if p.endswith(ours) and "atp" in p + "workers"
+                          and ("/workers/" in p or "/atp_sandbox/" in p)],
+                "metadata": [p for p in listed if "atp_sandbox-" in p],
+                "searched": len(listed),
+            }
+    """
+    kit = place / "kit.py"
+    kit.write_text(toolkit_text(body))
+    command = [sys.executable, "-m", "atp_sandbox", "call", str(kit), "look"]
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=place, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    import json
+
+    yield json.loads(done.stdout)
+
+
+def test_pth_files_of_installed_packages_are_not_run(installed: dict[str, Any]) -> None:
+    assert installed["neighbour"] is True
+    assert installed["pth"] is False
+
+
+def test_toolkit_sees_of_us_only_the_drop_in_client(installed: dict[str, Any]) -> None:
+    assert installed["public"] == ["ToolKitClient"]
+    assert installed["same"] and installed["hidden"]
+    assert installed["searched"] > 1_000
+    assert installed["files"] == []
+    assert installed["metadata"] == []
+
+
+def test_installed_sdk_in_site_packages_is_not_used(installed: dict[str, Any]) -> None:
+    assert installed["neighbour"] is True  # from the same directory; the SDK there would raise
+
+
+def test_host_view_names_no_directory_of_the_checkout() -> None:
+    assert not [p for p in host_view().read_only if str(ROOT).startswith(p.rstrip("/") + "/")]
+
+
+# -- the SDK's surface -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from atp_sdk.atp_sdk.clients import ToolKitClient",
+        "from atp_sdk.clients import ToolKitClient",
+        "from atp_sdk import ToolKitClient",
+        "from atp_sandbox import ToolKitClient",
+    ],
+)
+def test_each_way_to_import_the_client_works(make_node: NodeMaker, line: str) -> None:
+    text = toolkit_text().replace("from atp_sdk.atp_sdk.clients import ToolKitClient", line)
+    assert line in text
+    make_node(text).assert_healthy()
+
+
+def test_constructor_and_decorator_take_the_arguments_of_every_sdk_version(
+    make_node: NodeMaker,
+) -> None:
+    node = make_node(
+        """\
+from atp_sdk.clients import ToolKitClient
+a = ToolKitClient("key", "by place", "http://127.0.0.1:1/")
+b = ToolKitClient(api_key="key", app_name="later", auto_restart=True, protocol="ws", idle_timeout=9)
+
+@a.register_tool("placed", ["x"], ["x"], "by place", None, None, None)
+def placed(x):
+    return x
+
+@b.register_tool(function_name="named", params=("x",), required_params=[], description="named",
+                 auth_provider="hubspot", auth_type="OAuth2", auth_with="access_token",
+                 invented_later=1)
+def named(**kwargs):
+    return sorted(kwargs)
+
+a.start()
+"""
+    )
+    clients = node.discovery.clients
+    assert [(c.app_name, c.base_url) for c in clients] == [
+        ("by place", "http://127.0.0.1:1"),
+        ("later", "https://chatatp-backend.onrender.com"),
+    ]
+    placed, named = node.discovery.registrations
+    assert (placed.params, placed.required, placed.description) == (("x",), ("x",), "by place")
+    assert (named.auth_provider, named.auth_type, named.auth_with) == (
+        "hubspot",
+        "OAuth2",
+        "access_token",
+    )
+    assert named.source.startswith("@b.register_tool(")
+    assert node.call("placed", {"x": [1]}).value == [1]
+    assert node.call("named", {"x": 1}, "secret").value == ["auth_token", "x"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "auth_with", "expected"),
+    [
+        ("**kw", None, {"auth_token"}),
+        ("auth_token", None, {"auth_token"}),
+        ("*, auth_token=None", None, {"auth_token"}),
+        ("access_token", "access_token", {"access_token"}),
+        ("auth_token, access_token", "access_token", {"auth_token", "access_token"}),
+        ("access_token=None, **kw", "access_token", {"auth_token", "access_token"}),
+        ("value=None", "access_token", set()),
+    ],
+)
+def test_token_arrives_under_every_name_the_signature_has_for_it(
+    make_node: NodeMaker, signature: str, auth_with: str | None, expected: set[str]
+) -> None:
+    text = f"""\
+from atp_sdk.clients import ToolKitClient
+client = ToolKitClient("key", "app")
+
+@client.register_tool("t", ["value"], [], "d", None, None, {auth_with!r})
+def t({signature}):
+    got = dict(locals())
+    got.update(got.pop("kw", {{}}))
+    return {{name: value for name, value in got.items() if value is not None}}
+
+client.start()
+"""
+    value = make_node(text).call("t", {}, "the token").value
+    assert value == dict.fromkeys(expected, "the token")
+
+
+def test_async_tools_are_awaited(make_node: NodeMaker) -> None:
+    body = """
+        import asyncio, functools
+
+        @tool
+        async def slowly(value):
+            await asyncio.sleep(0)
+            return [value, asyncio.get_running_loop().is_running()]
+
+        @tool
+        def hidden(value):
+            return slowly(value)
+    """
+    node = make_node(toolkit_text(body))
+    assert node.call("slowly", {"value": 1}).value == [1, True]
+    assert node.call("hidden", {"value": 2}).value == [2, True]
+    assert node.call("slowly", {"value": 3}).value == [3, True]
+
+
+def test_last_registration_of_a_name_wins_with_a_warning(make_node: NodeMaker) -> None:
+    body = """
+        @tool
+        def twice(**_):
+            return "first"
+
+        @tool
+        def twice(**_):
+            return "second"
+    """
+    node = make_node(toolkit_text(body))
+    assert node.call("twice").value == "second"
+    assert [w.event for w in routing.warnings("kit", node.discovery)] == ["tool_replaced"]
+
+
+# -- start and end of the script -------------------------------------------------------------------
+
+
+def test_code_after_start_is_not_run(make_node: NodeMaker) -> None:
+    node = make_node(toolkit_text() + "\nimport os\nprint('after start')\nos._exit(9)\n")
+    assert node.discovery.ended == "start"
+    node.assert_healthy()
+
+
+def test_end_of_the_script_ends_discovery_and_unstarted_client_is_served_with_a_warning(
+    make_node: NodeMaker,
+) -> None:
+    node = make_node(toolkit_text(start=False))
+    assert node.discovery.ended == "end"
+    warnings = list(routing.warnings("kit", node.discovery))
+    assert [w.event for w in warnings] == ["client_not_started"]
+    assert [tool.name for tool in node.discovery.served()] == ["probe"]
+    node.assert_healthy()
+
+
+def test_start_in_a_thread_is_served_half_a_second_after_the_last_registration(
+    make_node: NodeMaker,
+) -> None:
+    body = """
+        import threading, time
+        threading.Thread(target=client.start).start()
+        time.sleep(0.3)
+
+        @tool
+        def late(**_):
+            return waited
+
+        waited = False
+        try:
+            while True:
+                time.sleep(1)
+        finally:
+            waited = True
+    """
+    node = make_node(toolkit_text(body, start=False))
+    assert node.discovery.ended == "interrupted"
+    assert [t.name for t in node.discovery.registrations] == ["probe", "late"]
+    # The main loop was neither unwound nor resumed, and the fork is safe again.
+    assert node.call("late").value is False
+    assert node.toolkit is not None
+    assert node.toolkit.lifetime.kind is LifetimeKind.CALL
+
+
+def test_stop_inside_a_tool_is_an_error_answer(make_node: NodeMaker) -> None:
+    node = make_node(toolkit_text("@tool\ndef end(**_):\n    client.stop()\n"))
+    failure = node.call("end").failure
+    assert failure.kind is Kind.TOOL_ERROR
+    assert failure.error == "stop() cannot be called from inside a tool"
+    assert node.stopped_clients == []
+    node.assert_healthy()
+
+
+def test_client_stopped_before_start_is_not_served(make_node: NodeMaker) -> None:
+    node = make_node(toolkit_text("client.stop()", start=False))
+    assert node.discovery.served() == []
+
+
+def test_threads_after_the_import_change_the_lifetime_and_calls_still_work(
+    make_node: NodeMaker, logged: list[LogLine]
+) -> None:
+    body = """
+        import threading
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+        @tool
+        def threads(**_):
+            return threading.active_count()
+    """
+    node = make_node(toolkit_text(body))
+    assert node.toolkit is not None
+    assert node.toolkit.lifetime.kind is LifetimeKind.JAIL
+    assert [line.fields["lifetime"] for line in logged if line.event == "lifetime_changed"] == [
+        "jail"
+    ]
+    assert node.call("threads").value == 2
+    assert node.call("threads").value == 2
+
+
+# -- imports that fail -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import sys; sys.exit(3)", ("called sys.exit(3)", 'kit.py", line')),
+        ("exit('no licence')", ("called sys.exit('no licence')", 'kit.py", line')),
+        ("import os; os._exit(4)", ("its zygote ended with exit status 4",)),
+        ("raise ValueError('no such region')", ("raised ValueError", "ValueError: no such region")),
+        ("import no_such_package", ("raised ModuleNotFoundError", "No module named 'no_such")),
+        ("def broken(:", ("raised SyntaxError", "def broken(:")),
+        ("raise KeyboardInterrupt", ("raised KeyboardInterrupt",)),
+        ("import ctypes; ctypes.string_at(0)", ("its zygote was ended by signal 11",)),
+        ("import os, signal; os.kill(os.getpid(), 9)", ("its zygote was ended by signal 9",)),
+    ],
+)
+def test_import_that_ends_badly_is_named(
+    make_node: NodeMaker, line: str, said: tuple[str, ...]
+) -> None:
+    node = make_node(HEAD + line + "\nclient.start()\n")
+    assert node.error is not None
+    shown = node.error.render()
+    assert shown.startswith("error: Toolkit kit ")
+    for part in said:
+        assert part in shown
+    assert "zygote.py" not in shown
+
+
+def test_toolkit_that_registers_nothing_is_refused(make_node: NodeMaker) -> None:
+    node = make_node("x = 1\n")
+    assert node.error is not None
+    assert "registers no tools" in node.error.message
+
+
+def test_toolkit_that_leaves_processes_after_its_import_is_refused(make_node: NodeMaker) -> None:
+    line = "import os, time\nif os.fork() == 0:\n    time.sleep(1000)\n"
+    node = make_node(HEAD + line + "client.start()\n")
+    assert node.error is not None
+    shown = node.error.render()
+    assert "processes" in shown or "not permitted" in shown
+
+
+def test_import_that_hangs_is_ended_by_the_import_time_limit(make_node: NodeMaker) -> None:
+    node = make_node(HEAD + "while True:\n    pass\n", import_time_s=1.0)
+    assert node.error is not None
+    assert "was not imported within 1 s" in node.error.message
+
+
+def test_import_that_takes_too_much_memory_is_ended(make_node: NodeMaker) -> None:
+    line = "held = []\nwhile True:\n    held.append(b'x' * 1_000_000)\n"
+    node = make_node(HEAD + line, memory_bytes=64 * 1024 * 1024)
+    assert node.error is not None
+    assert "its import used more than 64 MiB" in node.error.message
