@@ -261,11 +261,26 @@ class ServedToolkit:
         if not secrets.compare_digest(call.payload.call_id, call_id):
             self._stop(number, verdict.broke_rules())
             return
+        if kind == "error":
+            # Whether the tool failed for want of space is seen from outside, not in its words.
+            jail.measure_scratch(
+                number, lambda is_full: self._judge(number, call, kind, body, is_full)
+            )
+        else:
+            self._judge(number, call, kind, body, scratch_is_full=False)
+
+    def _judge(
+        self, number: int, call: pool.Call, kind: str, body: bytes, scratch_is_full: bool
+    ) -> None:
+        if self._pool.call_of(number) is not call:
+            return  # concluded meanwhile, by its deadline
         try:
             outcome = verdict.judge_answer(kind, body, self.settings.limits)
         except verdict.RuleBroken:
             self._stop(number, verdict.broke_rules())
             return
+        if scratch_is_full:
+            outcome = verdict.disk_exceeded(self.settings.limits)
         self._obey(self._pool.worker_answered(number, outcome, self._loop.now()))
 
     def worker_broke_rules(self, jail: Jail, number: int, error: FrameError) -> None:
@@ -280,7 +295,10 @@ class ServedToolkit:
         self._obey(self._pool.worker_hung_up(number, self._loop.now()))
 
     def worker_exited(self, jail: Jail, number: int, exited: Exited) -> None:
-        self._obey(self._pool.worker_exited(number, exited.status, self._loop.now()))
+        failure = verdict.crashed(exited.status)
+        if exited.scratch_was_full:
+            failure = verdict.disk_exceeded(self.settings.limits)
+        self._obey(self._pool.worker_exited(number, failure, self._loop.now()))
         if jail in self._own_jails:
             self._drop_own_jail(jail)
 
@@ -445,16 +463,7 @@ class ServedToolkit:
 
     def _lose_own_jail(self, jail: Jail, reason: str) -> None:
         number = self._own_jails[jail]
-        call = self._pool.call_of(number)
-        commands = self._pool.worker_exited(number, None, self._loop.now())
-        if call is not None:
-            commands = [
-                pool.Conclude(c.call, verdict.jail_lost(reason), c.number)
-                if isinstance(c, pool.Conclude) and c.call is call
-                else c
-                for c in commands
-            ]
-        self._obey(commands)
+        self._obey(self._pool.worker_exited(number, verdict.jail_lost(reason), self._loop.now()))
         self._drop_own_jail(jail)
 
     def _drop_own_jail(self, jail: Jail) -> None:

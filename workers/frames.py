@@ -1,12 +1,13 @@
 """The pipe between supervisor and jail: framing, and the one place that lists its messages.
 
 PURE: bytes in, messages out; no I/O, no clock. Used on both sides of the wall. A frame is a length
-(4 bytes, big-endian) and that many bytes of msgpack, one array whose first element names the message.
-Values are None, bool, int, str, bytes and arrays of these; anything else is a violation, as is a
-frame longer than the reader allows. After a violation the stream is unusable and its peer ends.
+(4 bytes, big-endian) and that many bytes of msgpack: one array whose first element names the
+message. Values are None, bool, int, str, bytes and arrays of int, as the message's row in the tables
+below has them; each is refused by its first byte, before anything is made of it. A frame longer than
+the reader allows is a violation too. After one the stream is unusable and its peer ends.
 
-    supervisor → warden     slot, free, kill
-    warden → supervisor     up, failed, slot_ready, exited
+    supervisor → warden     slot, measure, kill
+    warden → supervisor     up, failed, slot_ready, measured, exited
     supervisor → zygote     go, fork, become
     zygote → supervisor     locked, discovered, broken, stopped, fork_failed
     supervisor → worker     call
@@ -16,44 +17,55 @@ frame longer than the reader allows. After a violation the stream is unusable an
 from __future__ import annotations
 
 import struct
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Union
 
 import msgpack
 
-Value = Union[None, bool, int, str, bytes, List[Any]]
-Message = List[Any]
+Value = Union[None, bool, int, str, bytes, list[int]]
+Message = list[Any]
 
 HEADER_BYTES = 4
 MAX_CONTROL_BYTES = 64 * 1024
 """Largest control frame but for `discovered`."""
 MAX_DISCOVERED_BYTES = 32 * 1024 * 1024
 """A report of every tool with its source."""
-MAX_DEPTH = 6
-MAX_VALUES = 100_000
-"""Elements of one frame: a megabyte of empty arrays would become 64 MB of objects."""
+MAX_VALUES = 10_000
+"""Elements of one array, which hold process ids: a jail has at most a few hundred."""
 
 _header = struct.Struct(">I")
 
 NONE, BOOL, INT, STR, BYTES, ARRAY = "none", "bool", "int", "str", "bytes", "array"
-_TYPES: Dict[str, Tuple[type, ...]] = {
-    NONE: (type(None),),
-    BOOL: (bool,),
-    INT: (int,),
-    STR: (str,),
-    BYTES: (bytes,),
-    ARRAY: (list,),
-}
+
+
+def _kinds() -> list[str]:
+    """What each first byte of a msgpack value announces; empty for all that has no place here."""
+    kinds = [""] * 256  # maps, floats and extensions stay so
+    kinds[0x00:0x80] = [INT] * 0x80
+    kinds[0xE0:0x100] = [INT] * 0x20
+    kinds[0x90:0xA0] = [ARRAY] * 0x10
+    kinds[0xA0:0xC0] = [STR] * 0x20
+    kinds[0xC0] = NONE
+    kinds[0xC2:0xC4] = [BOOL] * 2
+    kinds[0xC4:0xC7] = [BYTES] * 3
+    kinds[0xCC:0xD4] = [INT] * 8
+    kinds[0xD9:0xDC] = [STR] * 3
+    kinds[0xDC:0xDE] = [ARRAY] * 2
+    return kinds
+
+
+_KINDS = _kinds()
 
 # One row a message: the types that each element after the name may have.
 TO_WARDEN = {
-    "slot": (INT,),  # slot: mount a fresh scratch directory for it
-    "free": (INT,),  # slot: unmount it
+    "slot": (INT,),  # slot: mount a fresh scratch directory for it, in place of what it had
+    "measure": (INT,),  # slot: is it full?
     "kill": (ARRAY,),  # process ids inside the jail
 }
 FROM_WARDEN = {
     "up": (INT,),  # the zygote's process id inside the jail
     "failed": (STR, INT, STR),  # step, errno, what was attempted
-    "slot_ready": (INT,),
+    "slot_ready": (INT, BOOL),  # slot; whether what it had before was full
+    "measured": (INT, BOOL),  # slot, whether it is full
     "exited": (INT, INT, INT, INT, ARRAY),
     # process id inside the jail, wait status, CPU µs, peak resident KiB, remaining children
 }
@@ -83,6 +95,15 @@ FROM_WORKER = {
 class FrameError(Exception):
     """The peer broke the grammar; the message says which rule, never what was in the frame."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.messages: list[Message] = []
+        """What the same bytes completed before the violation; still valid."""
+
+
+class FrameTooLong(FrameError):
+    """The peer announced a frame beyond the reader's bound; nothing of it was kept."""
+
 
 def encode(name: str, *values: Value) -> bytes:
     """One frame, ready to be sent."""
@@ -90,35 +111,29 @@ def encode(name: str, *values: Value) -> bytes:
     return _header.pack(len(body)) + body
 
 
-class FrameTooLong(FrameError):
-    """The peer announced a frame beyond the reader's bound; nothing of it was kept."""
-
-
 class Decoder:
     """Turns a byte stream into messages of one table; any split of the bytes gives the same ones."""
 
-    def __init__(self, table: Dict[str, Tuple[Any, ...]], max_frame_bytes: int) -> None:
+    def __init__(self, table: dict[str, tuple[Any, ...]], max_frame_bytes: int) -> None:
         self._table = table
         self._buffer = bytearray()
+        self._is_broken = False
         self.max_frame_bytes = max_frame_bytes
 
-    def feed(self, data: bytes) -> List[Message]:
-        """The messages that `data` completes; FrameError at the first violation."""
-        buffer = self._buffer
-        buffer += data
-        messages: List[Message] = []
-        start = 0
-        while len(buffer) - start >= HEADER_BYTES:
-            (length,) = _header.unpack_from(buffer, start)
-            if length > self.max_frame_bytes:
-                raise FrameTooLong(f"a frame of {length} bytes, {self.max_frame_bytes} allowed")
-            end = start + HEADER_BYTES + length
-            if len(buffer) < end:
-                break
-            messages.append(self._parse(bytes(buffer[start + HEADER_BYTES : end])))
-            start = end
-        if start:
-            del buffer[:start]
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes; FrameError at the first violation and ever after."""
+        if self._is_broken:
+            raise FrameError("data after a violation")
+        self._buffer += data
+        messages: list[Message] = []
+        try:
+            while (body := self._take_body()) is not None:
+                messages.append(self._parse(body))
+        except FrameError as error:
+            self._is_broken = True
+            self._buffer.clear()
+            error.messages = messages
+            raise
         return messages
 
     @property
@@ -126,29 +141,61 @@ class Decoder:
         """Bytes of a frame that has begun and not ended."""
         return len(self._buffer)
 
+    def _take_body(self) -> bytes | None:
+        buffer = self._buffer
+        if len(buffer) < HEADER_BYTES:
+            return None
+        (length,) = _header.unpack_from(buffer)
+        if length > self.max_frame_bytes:
+            raise FrameTooLong(f"a frame of {length} bytes, {self.max_frame_bytes} allowed")
+        end = HEADER_BYTES + length
+        if len(buffer) < end:
+            return None
+        body = bytes(buffer[HEADER_BYTES:end])
+        del buffer[:end]  # moves its start, not its content
+        return body
+
     def _parse(self, body: bytes) -> Message:
+        unpacker = msgpack.Unpacker(max_buffer_size=len(body))
+        unpacker.feed(body)
         try:
-            message = msgpack.unpackb(
-                body,
-                use_list=True,
-                strict_map_key=True,
-                max_map_len=0,
-                max_ext_len=0,
-                max_array_len=MAX_VALUES,
-            )
+            message = self._read(body, unpacker)
+        except FrameError:
+            raise
         except Exception as error:  # msgpack raises a dozen classes; none of them says more to us
-            raise FrameError("a frame that is no single msgpack value") from error
-        if not isinstance(message, list) or not message or not isinstance(message[0], str):
+            raise FrameError("a frame that is no whole msgpack value") from error
+        if unpacker.tell() != len(body):
+            raise FrameError("a frame with more than one value")
+        return message
+
+    def _read(self, body: bytes, unpacker: Any) -> Message:
+        if _KINDS[body[0]] != ARRAY:
+            raise FrameError("a frame that is no array")
+        length = unpacker.read_array_header()
+        if not length or _KINDS[body[unpacker.tell()]] != STR:
             raise FrameError("a frame that is no named message")
-        columns = self._table.get(message[0])
+        name = unpacker.unpack()
+        columns = self._table.get(name)
         if columns is None:
             raise FrameError("a message that has no place here")
-        if len(message) != len(columns) + 1:
-            raise FrameError(f"{message[0]}: {len(message) - 1} values, {len(columns)} expected")
-        for value, column in zip(message[1:], columns):
-            names = column if isinstance(column, tuple) else (column,)
-            if not any(type(value) in _TYPES[name] for name in names):
-                raise FrameError(f"{message[0]}: a value of the wrong type")
-            if type(value) is list and not all(type(item) is int for item in value):
-                raise FrameError(f"{message[0]}: an array of something else than integers")
+        if length != len(columns) + 1:
+            raise FrameError(f"{name}: {length - 1} values, {len(columns)} expected")
+        message = [name]
+        for column in columns:
+            kind = _KINDS[body[unpacker.tell()]]
+            if kind != column and (type(column) is str or kind not in column):
+                raise FrameError(f"{name}: a value of the wrong type")
+            message.append(_read_ints(body, unpacker) if kind == ARRAY else unpacker.unpack())
         return message
+
+
+def _read_ints(body: bytes, unpacker: Any) -> list[int]:
+    length = unpacker.read_array_header()
+    if length > MAX_VALUES:
+        raise FrameError(f"an array of {length} values, {MAX_VALUES} allowed")
+    values = []
+    for _ in range(length):
+        if _KINDS[body[unpacker.tell()]] != INT:
+            raise FrameError("an array of something else than integers")
+        values.append(unpacker.unpack())
+    return values

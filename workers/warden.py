@@ -115,10 +115,11 @@ def _serve(
 def _obey(message: frames.Message, slots: scratch.Slots, replies: List[bytes]) -> None:
     name = message[0]
     if name == "slot":
+        was_full = slots.is_full(message[1])
         slots.mount(message[1])
-        replies.append(frames.encode("slot_ready", message[1]))
-    elif name == "free":
-        slots.free(message[1])
+        replies.append(frames.encode("slot_ready", message[1], was_full))
+    elif name == "measure":
+        replies.append(frames.encode("measured", message[1], slots.is_full(message[1])))
     elif name == "kill":
         for pid in message[1]:
             # Safe: only this process reaps, so a number of a child cannot have been used again.

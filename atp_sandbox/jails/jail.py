@@ -13,7 +13,8 @@ import os
 import secrets
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -82,6 +83,8 @@ class Exited:
     status: int
     cpu_s: float
     peak_bytes: int
+    scratch_was_full: bool = False
+    """Known only of a process that ended without an answer."""
 
 
 class _Worker:
@@ -96,6 +99,8 @@ class _Worker:
         self.inner_pid = 0
         self.memory: psutil.Process | None = None
         self.exited: Exited | None = None
+        self.owes_answer = False
+        self.on_measured: list[Callable[[bool], None]] = []
 
     def close(self) -> None:
         self.output.close()
@@ -152,12 +157,19 @@ class Jail:
         """Hand one call to a ready worker."""
         worker = self._workers.get(number)
         if worker is not None and worker.channel is not None:
+            worker.owes_answer = True
             worker.channel.send(frames.encode("call", call_id, index, params, token, sample))
 
     def take_output(self, number: int) -> str:
         """What worker `number` printed since the last time."""
         worker = self._workers.get(number)
         return worker.output.take() if worker else ""
+
+    def measure_scratch(self, number: int, then: Callable[[bool], None]) -> None:
+        """`then(is_full)` once the warden has looked; never if the jail ends before."""
+        worker = self._workers[number]
+        worker.on_measured.append(then)
+        self._warden_channel.send(frames.encode("measure", worker.slot))
 
     def kill_worker(self, number: int) -> None:
         """SIGKILL; the caller has recorded why. `worker_exited` follows."""
@@ -330,8 +342,11 @@ class Jail:
             case "up":
                 self._on_up(sender, message[1])
             case "slot_ready":
-                self._fresh_slots.append(message[1])
-                self._start_waiting()
+                self._on_slot_ready(message[1], message[2])
+            case "measured":
+                for one in list(self._workers.values()):
+                    if one.slot == message[1] and one.on_measured:
+                        one.on_measured.pop(0)(message[2])
             case "exited":
                 _, inner_pid, status, cpu_us, peak_kib, left = message
                 exited = Exited(status, cpu_us / 1e6, peak_kib * 1024)
@@ -342,8 +357,9 @@ class Jail:
             # What it sent before it ended counts: a report of a broken import, or a last answer.
             self._zygote_channel.read_now()
             for one in list(self._workers.values()):
-                if one.inner_pid == inner_pid:
-                    self._finish_worker(one, exited)
+                if one.inner_pid == inner_pid and one.channel is not None:
+                    one.channel.read_now()
+                    self._forget(one, exited)
             self._end(_describe_exit("its zygote", exited.status))
             return
         worker = self._by_inner_pid.get(inner_pid)
@@ -369,15 +385,25 @@ class Jail:
         if self._is_closed or worker.exited is not None:
             return
         worker.exited = exited
-        self._listener.worker_exited(self, worker.number, exited)
-        self._forget(worker)
+        self._by_inner_pid.pop(worker.inner_pid, None)
+        self._warden_channel.send(frames.encode("slot", worker.slot))
+        if not worker.owes_answer and not worker.on_measured:
+            self._forget(worker, exited)
+        # Otherwise how full its scratch was is evidence, and comes with the fresh slot.
 
-    def _forget(self, worker: _Worker) -> None:
+    def _forget(self, worker: _Worker, exited: Exited) -> None:
+        if self._is_closed:
+            return
+        self._listener.worker_exited(self, worker.number, exited)
         worker.close()
         self._workers.pop(worker.number, None)
-        self._by_inner_pid.pop(worker.inner_pid, None)
-        if not self._is_closed:
-            self._warden_channel.send(frames.encode("slot", worker.slot))
+
+    def _on_slot_ready(self, slot: int, was_full: bool) -> None:
+        for worker in list(self._workers.values()):
+            if worker.slot == slot and worker.exited is not None:
+                self._forget(worker, replace(worker.exited, scratch_was_full=was_full))
+        self._fresh_slots.append(slot)
+        self._start_waiting()
 
     def _kill_strays(self) -> None:
         """End processes that outlived the worker that made them.
@@ -444,6 +470,7 @@ class Jail:
     def _on_worker(self, worker: _Worker, message: frames.Message, sender: int) -> None:
         if message[0] == "answer" and worker.inner_pid:
             _, call_id, kind, body = message
+            worker.owes_answer = False
             self._listener.worker_answered(self, worker.number, call_id, kind, body)
         elif message[0] == "ready" and not worker.inner_pid and message[1] == worker.number:
             self._identify(worker, sender)

@@ -264,12 +264,12 @@ class Pool:
             worker.until = now + HUNG_UP_S
         return []
 
-    def worker_exited(self, number: int, status: int | None, now: float) -> list[Command]:
-        """The worker's process is gone for good."""
+    def worker_exited(self, number: int, failure: Failure, now: float) -> list[Command]:
+        """The worker's process is gone for good; `failure` is for a call that it still had."""
         worker = self._workers.pop(number, None)
         if worker is None:
             return []
-        commands = self._conclude(worker, verdict.crashed(status), now)
+        commands = self._conclude(worker, failure, now)
         if worker.state is State.READY:
             self._ready.remove(worker)
         if worker.state is State.STARTING or (worker.state is State.READY and not worker.served):

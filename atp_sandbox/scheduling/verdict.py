@@ -61,6 +61,13 @@ def output_exceeded(limits: Limits) -> Failure:
     return Failure(Kind.OUTPUT_LIMIT, sentence, Limit("output", limits.output_bytes, "bytes"))
 
 
+def disk_exceeded(limits: Limits) -> Failure:
+    """The call failed, and its scratch directory was found full by the warden."""
+    allowed = f"{format_size(limits.scratch_bytes)} and {limits.scratch_files} files"
+    sentence = f"The tool failed with its scratch directory full: disk limit of {allowed}."
+    return Failure(Kind.DISK_LIMIT, sentence, Limit("disk", limits.scratch_bytes, "bytes"))
+
+
 def overloaded(waiting: int, retry_after_s: float) -> Failure:
     """The queue is full."""
     sentence = f"Too many calls: {waiting} are waiting for this toolkit. Try again later."

@@ -6,7 +6,7 @@ supervisor never looks inside.
 
 from __future__ import annotations
 
-import contextlib
+import os
 from typing import Any, Dict, Set
 
 from . import syscalls
@@ -28,13 +28,15 @@ class Slots:
 
     def mount(self, slot: int) -> None:
         """Give `slot` a fresh, empty scratch directory; what was there is dropped."""
-        self.free(slot)
+        if slot in self._mounted:
+            self._mounted.discard(slot)
+            syscalls.unmount(slot_path(slot), syscalls.MNT_DETACH)
         syscalls.mount("scratch", slot_path(slot), "tmpfs", _FLAGS, self._options)
         self._mounted.add(slot)
 
-    def free(self, slot: int) -> None:
-        """Drop the slot's scratch directory; nothing if it has none."""
-        if slot in self._mounted:
-            self._mounted.discard(slot)
-            with contextlib.suppress(OSError):
-                syscalls.unmount(slot_path(slot), syscalls.MNT_DETACH)
+    def is_full(self, slot: int) -> bool:
+        """Whether no further page or no further file fits into the slot (statvfs(3))."""
+        if slot not in self._mounted:
+            return False
+        usage = os.statvfs(slot_path(slot))
+        return usage.f_bfree == 0 or usage.f_ffree == 0
