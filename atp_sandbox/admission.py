@@ -28,30 +28,26 @@ class ServedTool:
 def admit(request: ToolRequest, tools: Mapping[str, ServedTool]) -> Failure | None:
     """Why `request` is answered without a call; None if it may run.
 
-    A parameter that is null counts as present. A token satisfies a required `auth_token`, and so
-    does one that the caller put into the parameters under that name or the `auth_with` name.
+    A parameter that is null counts as present. A token satisfies a required parameter named
+    `auth_token` or as `auth_with` says, and so does one that the caller put into the parameters
+    under either name.
     """
     served = tools.get(request.tool)
     if served is None:
         return _unknown(request.tool, tools)
     tool, params = served.tool, request.params
-    has_token = request.auth_token_json is not None
-    token_names = {"auth_token", tool.auth_with}
-    missing = [
-        name
-        for name in tool.required
-        if name not in params and not (has_token and name in token_names)
-    ]
+    token_names = {"auth_token", tool.auth_with or "auth_token"}
     # A token that is missing is said to be one, even where it is listed as a parameter.
-    missing_params = [name for name in missing if name != "auth_token"]
-    if missing_params:
-        names = ", ".join(missing_params)
+    missing = [name for name in tool.required if name not in params and name not in token_names]
+    if missing:
+        names = ", ".join(missing)
         return Failure(
             Kind.INVALID_PARAMS,
             f"Tool {tool.name} is missing required parameters: {names}.",
-            details={"missing": missing_params},
+            details={"missing": missing},
         )
-    if tool.declares_auth and not has_token and not any(params.get(n) for n in token_names if n):
+    has_token = request.auth_token_json is not None or any(map(params.get, token_names))
+    if tool.declares_auth and not has_token:
         provider = f" for {tool.auth_provider}" if tool.auth_provider else ""
         return Failure(
             Kind.AUTH_REQUIRED, f"Tool {tool.name} needs an auth_token{provider}; none was given."

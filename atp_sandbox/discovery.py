@@ -1,13 +1,14 @@
 """What a toolkit says it registered, checked: bounded, strictly typed, nothing taken on trust.
 
-PURE. The report is written inside the jail by code that shares a process with the toolkit; the worst
-that a lie can do here is to misdescribe the toolkit's own tools.
+PURE. The report is written inside the jail by code that shares a process with the toolkit; the
+worst that a lie can do here is to misdescribe the toolkit's own tools.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +18,13 @@ from atp_sandbox.log import printable
 
 MAX_CLIENTS = 64
 MAX_PARAMS = 1_000
+MAX_CONTAINERS = 10_000
+"""Lists and objects of a report; 1,000 tools have 3,000. 30 MB of empty ones would become 700."""
+
+_ENDS = ("start", "end", "interrupted")
+# A string that does not end is one piece too: tried again from each quote, it would take quadratic
+# time.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 T = TypeVar("T")
 
@@ -90,6 +98,7 @@ class Discovery:
 def parse_report(report: bytes) -> Discovery:
     """The checked content of `report`; ToolkitError says which part cannot be used."""
     try:
+        _check_size(report)
         content = json.loads(report)
         clients = [_client(entry) for entry in _list(content, "clients", MAX_CLIENTS)]
         tools = [
@@ -98,6 +107,8 @@ def parse_report(report: bytes) -> Discovery:
         ]
         ended = _typed(content, "ended", str)
         processes = _typed(content, "processes", int)
+        if ended not in _ENDS or processes < 0:
+            raise _Unusable("its end is none that there is")
     except (ValueError, RecursionError, TypeError, LookupError) as error:
         cause = str(error) if isinstance(error, _Unusable) else "it is no such report"
         raise ToolkitError(
@@ -110,6 +121,13 @@ def parse_report(report: bytes) -> Discovery:
 
 class _Unusable(ValueError):
     """A value out of bounds; the message is ours and may be shown."""
+
+
+def _check_size(report: bytes) -> None:
+    if report.count(b"[") + report.count(b"{") > MAX_CONTAINERS:  # brackets in sources count too
+        bare = _STRING.sub(b"", report)
+        if bare.count(b"[") + bare.count(b"{") > MAX_CONTAINERS:
+            raise _Unusable(f"it has more than {MAX_CONTAINERS} parts")
 
 
 def _client(entry: Any) -> Client:

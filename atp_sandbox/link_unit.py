@@ -14,12 +14,12 @@ from typing import Protocol, assert_never
 
 from atp_sandbox import log
 from atp_sandbox.admission import ServedTool, admit
+from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.atp.link import (
     Connected,
     Connecting,
     Disconnected,
     Link,
-    LinkAddress,
     LinkEvent,
     Refused,
 )
@@ -128,8 +128,14 @@ class LinkUnit:
             case ToolRequest():
                 self._on_request(message)
             case Rejected(request_id_json, tool, failure):
-                log.emit(log.INFO, "request_rejected", failure.error, request_id=request_id_json,
-                         tool=tool, kind=failure.kind.value)
+                log.emit(
+                    log.INFO,
+                    "request_rejected",
+                    failure.error,
+                    request_id=request_id_json,
+                    tool=tool,
+                    kind=failure.kind.value,
+                )
                 self._session.enqueue(encode_response(request_id_json, outcome_json(failure)))
                 self._flush()
             case Hello(text):
@@ -146,21 +152,36 @@ class LinkUnit:
             case Start(key):
                 context = CallContext(self, key, request.request_id_json)
             case Running():
-                log.emit(log.INFO, "request_repeated", "asked again while it runs",
-                         request_id=request.request_id_json, tool=request.tool)
+                log.emit(
+                    log.INFO,
+                    "request_repeated",
+                    "asked again while it runs",
+                    request_id=request.request_id_json,
+                    tool=request.tool,
+                )
                 return
             case Resend():
-                log.emit(log.INFO, "request_repeated", "asked again: its answer is sent again",
-                         request_id=request.request_id_json, tool=request.tool)
+                log.emit(
+                    log.INFO,
+                    "request_repeated",
+                    "asked again: its answer is sent again",
+                    request_id=request.request_id_json,
+                    tool=request.tool,
+                )
                 self._flush()
                 return
             case _:
                 assert_never(decision)
         refusal = self._refusal or admit(request, self.tools)
         if refusal is not None:
-            log.emit(log.INFO, "request_rejected", refusal.error,
-                     request_id=request.request_id_json, tool=request.tool,
-                     kind=refusal.kind.value)
+            log.emit(
+                log.INFO,
+                "request_rejected",
+                refusal.error,
+                request_id=request.request_id_json,
+                tool=request.tool,
+                kind=refusal.kind.value,
+            )
             self.answer(context, refusal)
             return
         served = self.tools[request.tool]
@@ -211,7 +232,9 @@ class LinkUnit:
                 assert_never(event)
 
 
-def registration_entry(served: ServedTool, *, send_source: bool, sample: Outcome | None) -> RegistrationEntry:
+def registration_entry(
+    served: ServedTool, *, send_source: bool, sample: Outcome | None
+) -> RegistrationEntry:
     """How the backend is told of one tool; `sample` is the outcome of its sample call, if made."""
     tool = served.tool
     sample_response: object = ""
@@ -232,5 +255,3 @@ def registration_entry(served: ServedTool, *, send_source: bool, sample: Outcome
         source_code=tool.source if send_source else "",
         code_hash=tool.code_hash,
     )
-
-

@@ -25,15 +25,21 @@ def emit(level: int, event: str, message: str, **fields: object) -> None:
 
 
 def printable(text: str, *, keep_newlines: bool = False) -> str:
-    """`text` with every control, format, surrogate and unassigned character shown as an escape.
+    """`text` with every control, format, surrogate, unassigned and line-ending character escaped.
 
-    Unicode categories C* (Unicode Standard, section 4.5).
+    Unicode categories C*, Zl and Zp (Unicode Standard, section 4.5), but for the tab.
     """
-    return "".join(
-        c if (c == "\n" and keep_newlines) or c == "\t" or unicodedata.category(c)[0] != "C"
-        else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in text
-    )
+    kept = "\t\n" if keep_newlines else "\t"
+    return "".join(c if c in kept or _is_shown(c) else _escaped(c) for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] != "C" and category not in ("Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class TextFormatter(logging.Formatter):
@@ -50,7 +56,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `event`, `message`, then the fields."""
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `event`, `message`, the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from atp_sandbox.admission import ServedTool
-from atp_sandbox.atp.link import LinkAddress
+from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Client, Discovery, Tool
 from atp_sandbox.errors import BackendError, SandboxError, UsageError
 from atp_sandbox.log import printable

@@ -34,7 +34,9 @@ def parse_lifetime(text: str) -> Lifetime:
         return Lifetime(LifetimeKind(text))
     if kind == "calls" and count.isascii() and count.isdigit() and 1 <= int(count) <= 1_000_000:
         return Lifetime(LifetimeKind.CALLS, int(count))
-    raise ValueError(f"{text!r} is no lifetime; write call, calls:N (for example calls:100) or jail")
+    raise ValueError(
+        f"{text!r} is no lifetime; write call, calls:N (for example calls:100) or jail"
+    )
 
 
 @dataclass(frozen=True, slots=True)

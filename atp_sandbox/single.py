@@ -57,9 +57,7 @@ class SingleToolkit:
 
     def call(self, tool: Tool, params: bytes, token: bytes | None) -> tuple[Outcome, str]:
         """The outcome of one call, and what it printed."""
-        self._node.submit(
-            NodeCall(self._name, tool, params, token, received_at=self._loop.now())
-        )
+        self._node.submit(NodeCall(self._name, tool, params, token, received_at=self._loop.now()))
         self._loop.run_until(lambda: self._result is not None, self._limits.time_s + _SPARE_S)
         if self._result is None:
             raise SandboxError("The call did not end in time; this is a bug in atp-sandbox.")

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from atp_sandbox.limits import MAX_JSON_DEPTH
 
-_SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][cdefCDEF]")
+_MAY_BE_SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][cdefCDEF]")
+_MAY_BE_INFINITE = re.compile(r"[eE]\+?[0-9]{3}|(?<![0-9])[0-9]{200}")
+"""A double ends at 1.8e308, and 200 digits with a two-digit exponent stay below it."""
 
 
 def check_json(body: bytes) -> str:
@@ -24,14 +26,16 @@ def check_json(body: bytes) -> str:
         value = _decode(text)
     except RecursionError:
         raise ValueError(f"the result is nested more than {MAX_JSON_DEPTH} levels deep") from None
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and is_too_deep(value, MAX_JSON_DEPTH):
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and is_too_deep(value):
         raise ValueError(f"the result is nested more than {MAX_JSON_DEPTH} levels deep")
-    if _SURROGATE.search(text) and _has_lone_surrogate(value):
+    if _MAY_BE_INFINITE.search(text) and not _is_finite(value):
+        raise ValueError("the result contains a number too large for a double")
+    if _MAY_BE_SURROGATE.search(text) and _has_lone_surrogate(value):
         raise ValueError("the result contains a lone surrogate, which is no character")
     return text
 
 
-def is_too_deep(value: Any, most: int) -> bool:
+def is_too_deep(value: Any, most: int = MAX_JSON_DEPTH) -> bool:
     """Whether containers nest more than `most` levels; level by level, so it never recurses."""
     level = [value] if type(value) in (dict, list) else []
     depth = 0
@@ -53,6 +57,14 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _has_lone_surrogate(value: Any) -> bool:

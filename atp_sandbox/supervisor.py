@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from atp_sandbox import log, routing
-from atp_sandbox.atp.link import LinkAddress
+from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
@@ -29,12 +29,16 @@ SEND_GRACE_S = 5.0
 """For answers to leave after the last call ended, before the rest of them is given up."""
 SHUTDOWN_S = 2.0
 """For links to say good-bye."""
+SCRIPT_END_S = 1.0
+"""For what a toolkit's script does after its `start()` returned, once the last client is stopped."""
 
 
 class Supervisor:
     """Runs one `serve`; `run()` returns the exit code. All but `request_stop` in one thread."""
 
-    def __init__(self, settings: ServeSettings, *, on_ready: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, settings: ServeSettings, *, on_ready: Callable[[], None] | None = None
+    ) -> None:
         """SandboxError if the state directory cannot be used."""
         self._settings = settings
         self.on_ready = on_ready or (lambda: None)
@@ -127,8 +131,13 @@ class Supervisor:
             return
         if self._settings.backend.as_written:
             for name, client, reason in routing.unusable_addresses(self._discoveries):
-                log.emit(log.WARNING, "address_unusable", reason, toolkit=name,
-                         url=log.printable(client.base_url))
+                log.emit(
+                    log.WARNING,
+                    "address_unusable",
+                    reason,
+                    toolkit=name,
+                    url=log.printable(client.base_url),
+                )
         order = [t.name for t in self._settings.toolkits if t.name in self._discoveries]
         try:
             self.routes = routing.route(
@@ -149,8 +158,13 @@ class Supervisor:
     def _open(self, found: routing.Route) -> None:
         address = LinkAddress(found.base_url, found.api_key, self._settings.backend.ws_path)
         for refused in found.refused:
-            log.emit(log.WARNING, "tool_refused", refused.reason, toolkit=refused.toolkit,
-                     tool=refused.name)
+            log.emit(
+                log.WARNING,
+                "tool_refused",
+                refused.reason,
+                toolkit=refused.toolkit,
+                tool=refused.name,
+            )
         lock = LinkLock(self._settings.state_dir, found.base_url, found.api_key)
         lock.acquire()
         self._locks.append(lock)
@@ -158,11 +172,17 @@ class Supervisor:
         self._units.append(unit)
         self._open_units.append(unit)
         if self._settings.backend.as_written:
-            log.emit(log.INFO, "link_as_written", "connecting where the toolkit says",
-                     url=address.redacted)
+            log.emit(
+                log.INFO,
+                "link_as_written",
+                "connecting where the toolkit says",
+                url=address.redacted,
+            )
 
     def _register(self) -> None:
         for unit, found in zip(self._units, self.routes, strict=True):
+            if unit not in self._open_units:
+                continue  # its clients were stopped while the sample calls ran
             entries = [
                 registration_entry(
                     tool,
@@ -206,7 +226,7 @@ class Supervisor:
         if unit in self._open_units:
             self._open_units.remove(unit)
         if not self._open_units:
-            self._loop.stop()
+            self._loop.call_later(SCRIPT_END_S if self._stopped_clients else 0.0, self._loop.stop)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -217,13 +237,25 @@ class Supervisor:
             self._samples.finished(call, outcome)
             return
         if printed:
-            log.emit(log.INFO, "tool_output", printed, toolkit=call.toolkit, tool=call.tool.name,
-                     request_id=context.request_id_json)
+            log.emit(
+                log.INFO,
+                "tool_output",
+                printed,
+                toolkit=call.toolkit,
+                tool=call.tool.name,
+                request_id=context.request_id_json,
+            )
         if isinstance(outcome, Failure):
-            log.emit(log.INFO, "call_failed", outcome.error, toolkit=call.toolkit,
-                     tool=call.tool.name, request_id=context.request_id_json,
-                     kind=outcome.kind.value,
-                     seconds=round(self._loop.now() - call.received_at, 3))
+            log.emit(
+                log.INFO,
+                "call_failed",
+                outcome.error,
+                toolkit=call.toolkit,
+                tool=call.tool.name,
+                request_id=context.request_id_json,
+                kind=outcome.kind.value,
+                seconds=round(self._loop.now() - call.received_at, 3),
+            )
         context.unit.answer(context, outcome)
 
     # -- end ---------------------------------------------------------------------------------------

@@ -233,8 +233,13 @@ class ServedToolkit:
                 )
             )
         elif self.state is State.SERVING:
-            log.emit(log.WARNING, "jail_ended", "a toolkit's sandbox ended", toolkit=self.name,
-                     reason=reason)
+            log.emit(
+                log.WARNING,
+                "jail_ended",
+                "a toolkit's sandbox ended",
+                toolkit=self.name,
+                reason=reason,
+            )
             if self.lifetime.kind is not LifetimeKind.JAIL:
                 self._obey(self._pool.supply_lost(reason, self._loop.now()))
                 self._restart_later()
@@ -287,8 +292,13 @@ class ServedToolkit:
         if isinstance(error, FrameTooLong):
             self._stop(number, verdict.output_exceeded(self.settings.limits))
             return
-        log.emit(log.WARNING, "worker_broke_rules", "a worker broke the answer protocol",
-                 toolkit=self.name, rule=str(error))
+        log.emit(
+            log.WARNING,
+            "worker_broke_rules",
+            "a worker broke the answer protocol",
+            toolkit=self.name,
+            rule=str(error),
+        )
         self._stop(number, verdict.broke_rules())
 
     def worker_hung_up(self, jail: Jail, number: int) -> None:
@@ -476,4 +486,3 @@ class ServedToolkit:
         printed = jail.output.take().strip()
         if printed:
             log.emit(log.INFO, "toolkit_output", printed, toolkit=self.name)
-

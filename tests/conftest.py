@@ -1,7 +1,7 @@
 """What the tests of served toolkits share: a node in the test's own thread, and patience.
 
-Nothing here is a fake: toolkits are written to disk, snapshotted, imported in a real jail and called
-through the same admission as a request from the backend.
+Nothing here is a fake: toolkits are written to disk, snapshotted, imported in a real jail and
+called through the same admission as a request from the backend.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def write_tree(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def wait_until(
-    condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S
-) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Return once `condition()` holds; fails the test, naming `what`, if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -169,8 +167,15 @@ class ServedNode:
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
             self.loop.run_once(0.01)
 
-    def submit(self, tool: str, params: dict[str, Any] | None = None, token: Any = None) -> Ticket:
-        """Begin a call the way a request of the backend does; `token` is any JSON."""
+    def submit(
+        self,
+        tool: str,
+        params: dict[str, Any] | None = None,
+        token: Any = None,
+        *,
+        age_s: float = 0.0,
+    ) -> Ticket:
+        """Begin a call the way a request of the backend does, received `age_s` ago."""
         ticket = Ticket(tool, self.loop.now())
         self.tickets.append(ticket)
         given = params or {}
@@ -187,7 +192,7 @@ class ServedNode:
                 tools[tool].tool,
                 request.params_json.encode(),
                 None if token_json is None else token_json.encode(),
-                received_at=self.loop.now(),
+                received_at=self.loop.now() - age_s,
                 context=ticket,
             )
         )
@@ -205,7 +210,9 @@ class ServedNode:
 
     def begin_inside(self, function: Callable[..., Any], *arguments: Any) -> Ticket:
         """Begin to run a function of the test, by its source, as a tool."""
-        source = textwrap.dedent(inspect.getsource(function))
+        source = "from __future__ import annotations\n" + textwrap.dedent(
+            inspect.getsource(function)
+        )
         params = {"source": source, "name": function.__name__, "arguments": list(arguments)}
         return self.submit("probe", params)
 

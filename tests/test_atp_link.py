@@ -23,17 +23,15 @@ import trustme
 from websocket import ABNF
 from websockets.sync.server import ServerConnection, serve
 
+from atp_sandbox.atp.address import LinkAddress, parse_retry_after, redact
+from atp_sandbox.atp.connection import LinkTimings
 from atp_sandbox.atp.link import (
     Connected,
     Connecting,
     Disconnected,
     Link,
-    LinkAddress,
     LinkEvent,
-    LinkTimings,
     Refused,
-    parse_retry_after,
-    redact,
 )
 from atp_sandbox.errors import UsageError
 from atp_sandbox.loop import Loop

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def test_toolkit_directory_is_a_read_only_snapshot(make_node: NodeMaker, tmp_pat
 
         refused = []
         for action in (
-            lambda: open("/toolkit/new.txt", "w"),
-            lambda: open("/toolkit/rate.txt", "a"),
+            lambda: os.open("/toolkit/new.txt", os.O_WRONLY | os.O_CREAT),
+            lambda: os.open("/toolkit/rate.txt", os.O_WRONLY),
             lambda: os.unlink("/toolkit/rate.txt"),
             lambda: os.chmod("/toolkit/rate.txt", 0o777),
         ):
@@ -154,9 +154,8 @@ def test_installed_packages_certificates_and_time_zones_are_there(plain: ServedN
         import requests
 
         paths = ssl.get_default_verify_paths()
-        bundles = [
-            p for p in (paths.cafile, paths.capath, requests.certs.where()) if p and os.path.exists(p)
-        ]
+        wanted = (paths.cafile, paths.capath, requests.certs.where())
+        bundles = [path for path in wanted if path and os.path.exists(path)]
         noon = datetime.datetime(2026, 7, 1, 12, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))
         return [requests.__name__, len(bundles) > 0, noon.utcoffset().total_seconds()]
 
@@ -183,7 +182,7 @@ def test_our_sdk_wins_over_one_in_the_toolkit_folder(make_node: NodeMaker, tmp_p
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a toolkit finds where we are installed in site-packages, beside trouble."""
     place = tmp_path_factory.mktemp("installed")
     site = place / "site-packages"
@@ -222,10 +221,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
                 "public": sorted(n for n in vars(atp_sandbox) if not n.startswith("__")),
                 "same": atp_sandbox.ToolKitClient is type(client),
                 "hidden": unimportable("atp_sandbox.supervisor") and unimportable("workers.zygote"),
-                "files": [p for p in listed if p.endswith(ours) and "atp" in p + "workers"
-                          and ("/workers/" in p or "/atp_sandbox/" in p)],
+                "files": [p for p in listed if os.path.basename(p) in ours],
                 "metadata": [p for p in listed if "atp_sandbox-" in p],
-                "searched": len(listed),
+                "searched": any(p.endswith("/site-packages/neighbour.py") for p in listed),
             }
     """
     kit = place / "kit.py"
@@ -236,9 +234,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
         command, env=environment, cwd=place, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    import json
-
-    yield json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test_pth_files_of_installed_packages_are_not_run(installed: dict[str, Any]) -> None:
@@ -248,8 +245,9 @@ def test_pth_files_of_installed_packages_are_not_run(installed: dict[str, Any]) 
 
 def test_toolkit_sees_of_us_only_the_drop_in_client(installed: dict[str, Any]) -> None:
     assert installed["public"] == ["ToolKitClient"]
-    assert installed["same"] and installed["hidden"]
-    assert installed["searched"] > 1_000
+    assert installed["same"]
+    assert installed["hidden"]
+    assert installed["searched"]
     assert installed["files"] == []
     assert installed["metadata"] == []
 

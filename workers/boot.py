@@ -39,7 +39,8 @@ def _load_package(msgpack_path: str) -> None:
         os.path.join(directory, "__init__.py"),
         submodule_search_locations=[directory],
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[PRIVATE_NAME] = package
     spec.loader.exec_module(package)

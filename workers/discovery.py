@@ -17,7 +17,7 @@ import inspect
 import os
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable
 
 _SETTLE_S = 0.5
 
@@ -28,7 +28,7 @@ class Registration:
     __slots__ = ("auth_with", "description", "function", "passes")
 
     def __init__(
-        self, function: Callable[..., Any], auth_with: Optional[str], description: Dict[str, Any]
+        self, function: Callable[..., Any], auth_with: str | None, description: dict[str, Any]
     ) -> None:
         self.function = function
         self.auth_with = auth_with
@@ -40,8 +40,8 @@ class Registry:
     """All registrations of one toolkit, in order."""
 
     def __init__(self) -> None:
-        self.clients: List[Dict[str, Any]] = []
-        self.registrations: List[Registration] = []
+        self.clients: list[dict[str, Any]] = []
+        self.registrations: list[Registration] = []
         self.on_registered: Callable[[], None] = lambda: None
         """Called after each registration and each start() outside the main thread."""
         self.on_start: Callable[[], None] = lambda: None
@@ -61,7 +61,7 @@ class Registry:
         return len(self.clients) - 1
 
     def add_tool(
-        self, client: int, function: Callable[..., Any], source: str, described: Dict[str, Any]
+        self, client: int, function: Callable[..., Any], source: str, described: dict[str, Any]
     ) -> None:
         description = {"client": client, "source": source, **described}
         registration = Registration(function, described["auth_with"], description)
@@ -69,7 +69,7 @@ class Registry:
         self.registrations.append(registration)
         self.on_registered()
 
-    def report(self, ended: str) -> Dict[str, Any]:
+    def report(self, ended: str) -> dict[str, Any]:
         return {
             "ended": ended,
             "threads": _settled_threads(),
@@ -82,7 +82,7 @@ class Registry:
 registry = Registry()
 
 
-def _accepted_names(function: Callable[..., Any]) -> Dict[str, bool]:
+def _accepted_names(function: Callable[..., Any]) -> dict[str, bool]:
     """Which names `function` takes by keyword, and whether each must be given.
 
     `**` stands for any name. A function whose signature cannot be read takes anything.

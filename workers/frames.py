@@ -2,9 +2,10 @@
 
 PURE: bytes in, messages out; no I/O, no clock. Used on both sides of the wall. A frame is a length
 (4 bytes, big-endian) and that many bytes of msgpack: one array whose first element names the
-message. Values are None, bool, int, str, bytes and arrays of int, as the message's row in the tables
-below has them; each is refused by its first byte, before anything is made of it. A frame longer than
-the reader allows is a violation too. After one the stream is unusable and its peer ends.
+message. Values are None, bool, int, str, bytes and arrays of int, as the message's row in the
+tables below has them; any other is refused by its first byte, before anything is made of it. A
+frame longer than the reader allows is a violation too. After one the stream is unusable and its
+peer ends.
 
     supervisor → warden     slot, measure, kill
     warden → supervisor     up, failed, slot_ready, measured, exited
@@ -112,7 +113,7 @@ def encode(name: str, *values: Value) -> bytes:
 
 
 class Decoder:
-    """Turns a byte stream into messages of one table; any split of the bytes gives the same ones."""
+    """Turns a byte stream into messages of one table, the same ones for any split of the bytes."""
 
     def __init__(self, table: dict[str, tuple[Any, ...]], max_frame_bytes: int) -> None:
         self._table = table

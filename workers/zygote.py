@@ -90,9 +90,9 @@ class _Zygote:
         self._disarm_interrupt()
         if not self._discovered:
             self._finish_discovery("end")
-        while not registry.clients or not all(c["stopped"] for c in registry.clients):
-            self._serve(None)
-        stdio.flush()
+        # Even with every client stopped: what was asked before may still need workers, and when
+        # this jail ends is the supervisor's to say.
+        self._serve(None)
 
     # -- discovery ---------------------------------------------------------------------------------
 
@@ -136,8 +136,7 @@ class _Zygote:
         # Serves on top of the toolkit's main loop, which is thus never unwound nor resumed.
         if not self._discovered:
             self._finish_discovery("interrupted")
-            while True:
-                self._serve(None)
+            self._serve(None)
 
     def _started_in_main_thread(self) -> None:
         self._disarm_interrupt()
@@ -176,18 +175,17 @@ class _Zygote:
     # -- serving -----------------------------------------------------------------------------------
 
     def _serve(self, until_stopped: Optional[int]) -> None:
-        """Fork a worker for each request of the supervisor; returns once that client is stopped."""
+        """Fork a worker for each request of the supervisor.
+
+        Returns once that client is stopped; without one, never.
+        """
         poll = select.poll()
         poll.register(self._channel.fileno(), select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
         while True:
             while self._messages:
                 self._obey(self._messages.popleft())
-            clients_now = registry.clients
-            if until_stopped is None:
-                if clients_now and all(c["stopped"] for c in clients_now):
-                    return
-            elif clients_now[until_stopped]["stopped"]:
+            if until_stopped is not None and registry.clients[until_stopped]["stopped"]:
                 return
             ready = {fd for fd, _ in poll.poll()}
             if self._wake_reader in ready:

@@ -13,6 +13,7 @@ from typing import Any
 
 from atp_sandbox.limits import MAX_JSON_DEPTH
 from atp_sandbox.outcome import Failure, Kind
+from atp_sandbox.strict_json import is_too_deep
 
 MAX_HELLO_CHARS = 200
 """The backend's greeting is for the log only; longer ones are cut."""
@@ -97,7 +98,7 @@ def _tool_request(content: dict[str, Any], may_be_deep: bool) -> ToolRequest | R
     request_id = content.get("request_id")
     if request_id is None:
         return Ignored("a tool request without a request_id")
-    if may_be_deep and _is_too_deep(request_id):
+    if may_be_deep and is_too_deep(request_id):
         return Ignored("a tool request with a request_id nested too deep")
     try:
         request_id_json = _encode_json(request_id)
@@ -115,7 +116,7 @@ def _tool_request(content: dict[str, Any], may_be_deep: bool) -> ToolRequest | R
         problem = f"params must be a JSON object, not {_json_type(params)}"
         return _invalid_params(request_id_json, tool, problem)
     token = content.get("auth_token") or None
-    if may_be_deep and _is_too_deep([params, token], MAX_JSON_DEPTH + 1):
+    if may_be_deep and is_too_deep([params, token], MAX_JSON_DEPTH + 1):
         return _invalid_params(request_id_json, tool, _TOO_DEEP)
     try:
         params_json = _encode_json(params)
@@ -157,24 +158,9 @@ def _json_type(value: Any) -> str:
             return "a number"
 
 
-def _is_too_deep(value: Any, most: int = MAX_JSON_DEPTH) -> bool:
-    """Whether containers nest more than `most` levels; level by level, so it never recurses."""
-    level = [value] if type(value) in (dict, list) else []
-    depth = 0
-    while level:
-        depth += 1
-        if depth > most:
-            return True
-        level = [
-            item
-            for container in level
-            for item in (container.values() if type(container) is dict else container)
-            if type(item) is dict or type(item) is list
-        ]
-    return False
-
-
-_JSON_PIECE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|[^"\[\]{}]+', re.DOTALL)
+# A string that does not end is one piece too: tried again from each of its quotes, it would take
+# quadratic time.
+_JSON_PIECE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]|[^"\[\]{}]+', re.DOTALL)
 _ENVELOPE_DEPTH = 2
 """The message and its payload: everything that a rejection needs to know."""
 

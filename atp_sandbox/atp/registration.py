@@ -19,7 +19,7 @@ from typing import Any
 import requests
 
 from atp_sandbox import log
-from atp_sandbox.atp.link import parse_retry_after, redact
+from atp_sandbox.atp.address import parse_retry_after, redact
 from atp_sandbox.limits import MIB
 from atp_sandbox.loop import Loop, Timer
 

@@ -20,8 +20,9 @@ from atp_sandbox.settings import Lifetime
 @click.argument("tool")
 @click.argument("arguments", metavar="[NAME=VALUE]...", nargs=-1)
 @click.option("--params", metavar="JSON", help="All parameters as one JSON object.")
-@click.option("--auth-token-env", metavar="VAR",
-              help="Environment variable that holds the auth_token.")
+@click.option(
+    "--auth-token-env", metavar="VAR", help="Environment variable that holds the auth_token."
+)
 @toolkit_options
 def call(
     toolkit: Path,

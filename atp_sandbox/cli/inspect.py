@@ -32,8 +32,12 @@ BETWEEN_CALLS = {
 @click.command()
 @click.argument("toolkit", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--lifetime", type=LIFETIME, metavar="call|calls:N|jail",
-              help="Lifetime to look at it with. [call]")
+@click.option(
+    "--lifetime",
+    type=LIFETIME,
+    metavar="call|calls:N|jail",
+    help="Lifetime to look at it with. [call]",
+)
 @toolkit_options
 def inspect(
     toolkit: Path,

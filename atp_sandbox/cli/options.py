@@ -48,28 +48,47 @@ def toolkit_options(command: F) -> F:
     """The limits, the environment and the files of a toolkit given on the command line."""
     options = [
         click.option(
-            "--env", "env", multiple=True, metavar="NAME[=VALUE]",
+            "--env",
+            "env",
+            multiple=True,
+            metavar="NAME[=VALUE]",
             help="Environment of the toolkit: a value, or this shell's. Not for secrets.",
         ),
         click.option(
-            "--data", "data", multiple=True, metavar="PATH", type=click.Path(path_type=Path),
+            "--data",
+            "data",
+            multiple=True,
+            metavar="PATH",
+            type=click.Path(path_type=Path),
             help="A file or folder that the toolkit needs beside itself, read-only.",
         ),
         click.option(
-            "--time", "time_s", type=DURATION, metavar="DURATION",
+            "--time",
+            "time_s",
+            type=DURATION,
+            metavar="DURATION",
             help=f"Longest time of a call, from receipt. [{format_duration(DEFAULTS.time_s)}]",
         ),
         click.option(
-            "--import-time", "import_time_s", type=DURATION, metavar="DURATION",
+            "--import-time",
+            "import_time_s",
+            type=DURATION,
+            metavar="DURATION",
             help="Longest time of the toolkit's import. "
             f"[{format_duration(DEFAULTS.import_time_s)}]",
         ),
         click.option(
-            "--memory", "memory_bytes", type=SIZE, metavar="SIZE",
+            "--memory",
+            "memory_bytes",
+            type=SIZE,
+            metavar="SIZE",
             help=f"What a call may add to its process. [{format_size(DEFAULTS.memory_bytes)}]",
         ),
         click.option(
-            "--output", "output_bytes", type=SIZE, metavar="SIZE",
+            "--output",
+            "output_bytes",
+            type=SIZE,
+            metavar="SIZE",
             help=f"Largest result, as JSON. [{format_size(DEFAULTS.output_bytes)}]",
         ),
     ]
@@ -123,9 +142,7 @@ def toolkits_from(
     for path in paths:
         name = _name(path, taken)
         taken.add(name)
-        toolkits.append(
-            ToolkitSettings(name, path, tuple(data), environment, limits, lifetime)
-        )
+        toolkits.append(ToolkitSettings(name, path, tuple(data), environment, limits, lifetime))
     return tuple(toolkits)
 
 

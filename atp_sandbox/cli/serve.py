@@ -30,23 +30,55 @@ CONFIG_NAME = "atp-sandbox.toml"
     help="Connect where the toolkits say, with the keys they hold: the toolkit then chooses.",
 )
 @toolkit_options
-@click.option("--concurrency", type=click.IntRange(1, 1024), metavar="N",
-              help="Calls of one toolkit that run at once. [4]")
-@click.option("--queue", type=click.IntRange(0, 1_000_000), metavar="N",
-              help="Calls of one toolkit that may wait; more are answered `overloaded`. [256]")
-@click.option("--lifetime", type=LIFETIME, metavar="call|calls:N|jail",
-              help="How long a process serves: one call, N calls, or a whole jail a call. [call]")
-@click.option("--ws-path", type=click.Choice(["0.1", "0.2"]),
-              help="SDK generation of the websocket path and the registration. [0.2]")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Calls of one toolkit that run at once. [4]",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0, 1_000_000),
+    metavar="N",
+    help="Calls of one toolkit that may wait; more are answered `overloaded`. [256]",
+)
+@click.option(
+    "--lifetime",
+    type=LIFETIME,
+    metavar="call|calls:N|jail",
+    help="How long a process serves: one call, N calls, or a whole jail a call. [call]",
+)
+@click.option(
+    "--ws-path",
+    type=click.Choice(["0.1", "0.2"]),
+    help="SDK generation of the websocket path and the registration. [0.2]",
+)
 @click.option("--no-source", is_flag=True, help="Do not send the tools' source to the backend.")
-@click.option("--sample-responses", is_flag=True,
-              help="Call every tool once, in its jail, for a sample response to register.")
-@click.option("--state-dir", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where snapshots and locks are kept.")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), metavar="FILE",
-              help=f"Configuration; without toolkits, ./{CONFIG_NAME} is read.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text",
-              show_default=True, help="Form of the log on standard error.")
+@click.option(
+    "--sample-responses",
+    is_flag=True,
+    help="Call every tool once, in its jail, for a sample response to register.",
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where snapshots and locks are kept.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"Configuration; without toolkits, ./{CONFIG_NAME} is read.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Form of the log on standard error.",
+)
 def serve(**given: Any) -> int:
     """Serve toolkits: connect to the backend and run every call in a process of its own.
 
@@ -146,9 +178,16 @@ def _toolkits_and_backend(
 def _refuse_with_config(given: dict[str, Any]) -> None:
     """What a configuration says per toolkit cannot be said for all on the command line too."""
     names = {
-        "toolkits": "TOOLKIT", "env": "--env", "data": "--data", "time_s": "--time",
-        "import_time_s": "--import-time", "memory_bytes": "--memory", "output_bytes": "--output",
-        "concurrency": "--concurrency", "queue": "--queue", "lifetime": "--lifetime",
+        "toolkits": "TOOLKIT",
+        "env": "--env",
+        "data": "--data",
+        "time_s": "--time",
+        "import_time_s": "--import-time",
+        "memory_bytes": "--memory",
+        "output_bytes": "--output",
+        "concurrency": "--concurrency",
+        "queue": "--queue",
+        "lifetime": "--lifetime",
     }
     both = [shown for name, shown in names.items() if given[name] not in (None, ())]
     if both:
@@ -160,7 +199,9 @@ def _refuse_with_config(given: dict[str, Any]) -> None:
 
 def _refuse_with_embedded(given: dict[str, Any]) -> None:
     for name, shown in (
-        ("as_written", "--as-written"), ("base_url", "--base-url"), ("api_key_file", "--api-key-file")
+        ("as_written", "--as-written"),
+        ("base_url", "--base-url"),
+        ("api_key_file", "--api-key-file"),
     ):
         if given[name]:
             raise UsageError(f"--embedded and {shown} exclude each other")

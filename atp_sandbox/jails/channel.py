@@ -85,9 +85,7 @@ class Channel:
         self._loop.unwatch(self._fd)
         self._fd = -1
         self._sock.close()
-        for _, descriptors in self._outgoing:
-            _close_all(descriptors)
-        self._outgoing.clear()
+        self._drop_outgoing()
 
     def _on_ready(self, events: int) -> None:
         if events & WRITE and not self.is_closed:
@@ -114,15 +112,17 @@ class Channel:
         if self.peer_pid is not None and sender != self.peer_pid:
             self._end(FrameError("another process wrote to its channel"))
             return
+        violation: FrameError | None = None
         try:
             messages = self._decoder.feed(data)
         except FrameError as error:
-            self._end(error)
-            return
+            messages, violation = error.messages, error
         for message in messages:
             if self.is_closed:
                 return
             self._on_message(message, sender)
+        if violation is not None and not self.is_closed:
+            self._end(violation)
 
     def _flush(self) -> None:
         while self._outgoing:
@@ -141,9 +141,8 @@ class Channel:
                 sent = 0
             except OSError:
                 # The peer is gone; reading will say so, and says it only once.
-                self._outgoing.clear()
-                _close_all(descriptors)
-                return
+                self._drop_outgoing()
+                break
             if sent < len(view):
                 self._outgoing[0] = (view[sent:], descriptors)
                 if not self._is_full:
@@ -154,6 +153,11 @@ class Channel:
         if self._is_full:
             self._is_full = False
             self._loop.watch(self._fd, READ, self._on_ready)
+
+    def _drop_outgoing(self) -> None:
+        for _, descriptors in self._outgoing:
+            _close_all(descriptors)
+        self._outgoing.clear()
 
     def _end(self, reason: FrameError | None) -> None:
         self.close()

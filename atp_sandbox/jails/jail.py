@@ -152,7 +152,13 @@ class Jail:
         self._start_waiting()
 
     def send_call(
-        self, number: int, call_id: bytes, index: int, params: bytes, token: bytes | None, sample: bool
+        self,
+        number: int,
+        call_id: bytes,
+        index: int,
+        params: bytes,
+        token: bytes | None,
+        sample: bool,
     ) -> None:
         """Hand one call to a ready worker."""
         worker = self._workers.get(number)
@@ -541,5 +547,3 @@ def _allocate_id() -> int:
         if candidate not in _used_ids:
             _used_ids.add(candidate)
             return candidate
-
-

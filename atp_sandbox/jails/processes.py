@@ -69,4 +69,3 @@ class ProcessHandle:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-

@@ -108,12 +108,14 @@ Command = StartWorker | Assign | Kill | Conclude
 
 
 class _Worker:
-    __slots__ = ("call", "number", "served", "state", "until")
+    __slots__ = ("assigned_at", "call", "number", "served", "state", "until")
 
     def __init__(self, number: int, until: float) -> None:
         self.number = number
         self.state = State.STARTING
         self.call: Call | None = None
+        self.assigned_at: float | None = None
+        """When it was given its last call; None if it never had one."""
         self.served = 0
         self.until: float | None = until
         """When the present state has lasted too long; None if it may last."""
@@ -132,7 +134,8 @@ class Pool:
         if lifetime.kind is LifetimeKind.JAIL:
             self._start_s += limits.import_time_s
         self._calls_per_worker = lifetime.calls if lifetime.kind is LifetimeKind.CALLS else 1
-        self._ahead = 1 if lifetime.kind is LifetimeKind.JAIL else min(MAX_AHEAD, limits.concurrency)
+        ahead = 1 if lifetime.kind is LifetimeKind.JAIL else MAX_AHEAD
+        self._ahead = min(ahead, limits.concurrency)
         self._workers: dict[int, _Worker] = {}
         self._ready: deque[_Worker] = deque()
         self._queue: deque[Call] = deque()
@@ -187,16 +190,19 @@ class Pool:
         """A call has come."""
         if self._refusal is not None:
             return [Conclude(call, self._refusal, None)]
-        is_full = len(self._queue) >= self._limits.queue
-        if is_full or self._queued_bytes + call.size_bytes > self._limits.queue_bytes:
+        commands = self._expire(now)
+        is_full = (
+            len(self._queue) >= self._limits.queue
+            or self._queued_bytes + call.size_bytes > self._limits.queue_bytes
+        )
+        if is_full and not self._is_free:
             rounds = (len(self._queue) + 1) / self._limits.concurrency
             retry_after_s = min(60.0, max(0.1, rounds * self._mean_run_s))
-            return [
-                Conclude(call, verdict.overloaded(len(self._queue), retry_after_s), None)
-            ]
+            failure = verdict.overloaded(len(self._queue), retry_after_s)
+            return [*commands, Conclude(call, failure, None)]
         self._queue.append(call)
         self._queued_bytes += call.size_bytes
-        return self._dispatch(now)
+        return commands + self._dispatch(now)
 
     def supply_up(self, now: float) -> list[Command]:
         """Workers can be started from now on."""
@@ -226,7 +232,6 @@ class Pool:
         worker = self._workers.get(number)
         if worker is None or worker.state is not State.STARTING:
             return []
-        self._retry_s = _FIRST_RETRY_S
         worker.move(Event.SPOKE)
         self._ready.append(worker)
         return self._dispatch(now)
@@ -238,9 +243,6 @@ class Pool:
             return []
         worker.served += 1
         is_last = worker.served >= self._calls_per_worker
-        assert worker.call is not None
-        run_s = now - worker.call.received_at
-        self._mean_run_s += (run_s - self._mean_run_s) / 16
         commands = self._conclude(worker, outcome, now)
         if is_last:
             worker.move(Event.ANSWERED_LAST, now + END_S)
@@ -260,8 +262,11 @@ class Pool:
     def worker_hung_up(self, number: int, now: float) -> list[Command]:
         """The worker's channel ended; its exit tells more, if it comes soon."""
         worker = self._workers.get(number)
-        if worker is not None and worker.state is not State.ENDING:
-            worker.until = now + HUNG_UP_S
+        if worker is None or worker.state is State.ENDING:
+            return []
+        if worker.state is State.READY:  # no call can reach it, and there is none to explain
+            return self._kill(worker, now) + self._dispatch(now)
+        worker.until = now + HUNG_UP_S
         return []
 
     def worker_exited(self, number: int, failure: Failure, now: float) -> list[Command]:
@@ -272,18 +277,13 @@ class Pool:
         commands = self._conclude(worker, failure, now)
         if worker.state is State.READY:
             self._ready.remove(worker)
-        if worker.state is State.STARTING or (worker.state is State.READY and not worker.served):
-            # Failing to start is not crashing: wait, so as not to spin, and try again.
-            self._resume_at = now + self._retry_s
-            self._retry_s = min(_MAX_RETRY_S, self._retry_s * 2)
+        if worker.state is not State.ENDING:
+            self._note_end(worker, now)
         return commands + self._dispatch(now)
 
     def tick(self, now: float) -> list[Command]:
         """Time has passed."""
         commands: list[Command] = []
-        while self._queue and self._queue[0].deadline <= now:
-            failure = verdict.timed_out(self._limits, was_running=False)
-            commands.append(Conclude(self._take_queued(), failure, None))
         for worker in list(self._workers.values()):
             if worker.call is not None and worker.call.deadline <= now:
                 failure = verdict.timed_out(self._limits, was_running=True)
@@ -298,14 +298,28 @@ class Pool:
 
     # -- within ------------------------------------------------------------------------------------
 
-    def _dispatch(self, now: float) -> list[Command]:
+    @property
+    def _is_free(self) -> bool:
+        """Whether a call can go to a worker without waiting."""
+        return bool(self._ready) and len(self._running) < self._limits.concurrency
+
+    def _expire(self, now: float) -> list[Command]:
         commands: list[Command] = []
-        while self._queue and self._ready and len(self._running) < self._limits.concurrency:
+        while self._queue and self._queue[0].deadline <= now:
+            failure = verdict.timed_out(self._limits, was_running=False)
+            commands.append(Conclude(self._take_queued(), failure, None))
+        return commands
+
+    def _dispatch(self, now: float) -> list[Command]:
+        commands = self._expire(now)
+        while self._queue and self._is_free:
             worker = self._ready.popleft()
             call = self._take_queued()
             call.worker = worker.number
             worker.call = call
+            worker.assigned_at = now
             worker.move(Event.ASSIGNED)
+            self._retry_s = _FIRST_RETRY_S
             self._running[worker.number] = worker
             commands.append(Assign(worker.number, call))
         if self._is_supplied and self._resume_at is None:
@@ -332,14 +346,24 @@ class Pool:
         call, worker.call = worker.call, None
         if call is None:
             return []
-        self._running.pop(worker.number, None)
+        del self._running[worker.number]
+        assert worker.assigned_at is not None
+        self._mean_run_s += (now - worker.assigned_at - self._mean_run_s) / 16
         return [Conclude(call, outcome, worker.number)]
 
     def _kill(self, worker: _Worker, now: float) -> list[Command]:
         if worker.state is State.READY:
             self._ready.remove(worker)
+        if worker.state is not State.ENDING:
+            self._note_end(worker, now)
         worker.move(Event.KILLED, now + END_S)
         return [Kill(worker.number)]
+
+    def _note_end(self, worker: _Worker, now: float) -> None:
+        """Failing to start is not crashing: wait, so as not to spin, and try again."""
+        if worker.assigned_at is None:
+            self._resume_at = now + self._retry_s
+            self._retry_s = min(_MAX_RETRY_S, self._retry_s * 2)
 
     def _take_queued(self) -> Call:
         call = self._queue.popleft()

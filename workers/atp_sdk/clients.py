@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any, Callable, List, Optional, TypeVar
+from typing import Any, Callable, TypeVar
 
 from ..discovery import registry
 
@@ -20,8 +20,8 @@ _DEFAULT_BASE_URL = "https://chatatp-backend.onrender.com"
 class ToolKitClient:
     """Registers functions as tools and serves them.
 
-    `api_key`: the toolkit's key; inside a sandbox usually a placeholder, since the operator's own is
-    used. `app_name`: the application the tools belong to. `base_url`: the backend.
+    `api_key`: the toolkit's key; inside a sandbox usually a placeholder, since the operator's own
+    is used. `app_name`: the application the tools belong to. `base_url`: the backend.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class ToolKitClient:
     def register_tool(
         self,
         function_name: str,
-        params: List[str],
-        required_params: List[str],
+        params: list[str],
+        required_params: list[str],
         description: str,
-        auth_provider: Optional[str],
-        auth_type: Optional[str],
-        auth_with: Optional[str],
+        auth_provider: str | None,
+        auth_type: str | None,
+        auth_with: str | None,
         *later: Any,
         **later_named: Any,
     ) -> Callable[[Function], Function]:
-        """A decorator that registers a function as the tool `function_name` and returns it as it is.
+        """A decorator that registers a function as the tool `function_name` and returns it as is.
 
         TypeError names the tool and the argument that is not of the documented type; OSError names
         the tool whose source cannot be read.
