@@ -44,6 +44,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._watched: dict[int, ReadyCallback] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = itertools.count()
         self._soon: deque[Callback] = deque()
@@ -51,6 +52,7 @@ class Loop:
         self._signal_callbacks: dict[int, Callback] = {}
         self._previous_handlers: dict[int, object] = {}
         self._previous_wakeup_fd = -1
+        self._is_woken = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -60,6 +62,7 @@ class Loop:
 
     def watch(self, fd: int, events: int, callback: ReadyCallback) -> None:
         """Call `callback(events)` whenever `fd` is ready; again to change what is watched."""
+        self._watched[fd] = callback
         try:
             self._selector.modify(fd, events, callback)
         except KeyError:
@@ -67,6 +70,7 @@ class Loop:
 
     def unwatch(self, fd: int) -> None:
         """Forget `fd`; to be called before it is closed. Unknown descriptors are ignored."""
+        self._watched.pop(fd, None)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(fd)
 
@@ -86,8 +90,10 @@ class Loop:
     def call_from_thread(self, callback: Callback) -> None:
         """As `call_soon`, from any thread."""
         self._soon.append(callback)
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._wake_writer.send(b"\0")
+        if not self._is_woken:  # one byte is enough; many would leave no room for a signal's
+            self._is_woken = True
+            with contextlib.suppress(OSError):
+                self._wake_writer.send(b"\0")
 
     def on_signal(self, number: int, callback: Callback) -> None:
         """Run `callback` in the loop when signal `number` arrives; main thread only."""
@@ -121,7 +127,9 @@ class Loop:
     def run_once(self, longest_s: float | None = None) -> None:
         """One wait and everything that it brought."""
         for key, events in self._selector.select(self._wait_s(longest_s)):
-            key.data(events)
+            # What came before it in this round may have closed it.
+            if self._watched.get(key.fd) is key.data:
+                key.data(events)
         if self._timers:
             self._run_timers()
         for _ in range(len(self._soon)):
@@ -158,6 +166,7 @@ class Loop:
                 callback()
 
     def _on_wake(self, _events: int) -> None:
+        self._is_woken = False
         with contextlib.suppress(BlockingIOError):
             for number in self._wake_reader.recv(4096):
                 callback = self._signal_callbacks.get(number)

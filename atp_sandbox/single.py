@@ -66,6 +66,7 @@ class SingleToolkit:
     def close(self) -> None:
         """End the jail; safe to call again."""
         self._node.close()
+        self._loop.close()
         self._state.cleanup()
 
     def __enter__(self) -> Self:

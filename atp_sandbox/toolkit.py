@@ -89,6 +89,7 @@ class ServedToolkit:
         self.discovery: Discovery | None = None
         self._main: Jail | None = None
         """The jail of discovery: it goes on as the one that forks, or as the one whose threads live."""
+        self._stopped_clients: set[int] = set()
         self._own_jails: dict[Jail, int] = {}
         """Lifetime `jail`: each worker's own jail and its number."""
         self._ready_jails: dict[int, Jail] = {}
@@ -246,9 +247,10 @@ class ServedToolkit:
             self._main = None
 
     def client_stopped(self, jail: Jail, client: int) -> None:
-        self._log_output(jail)
-        known = self.discovery is not None and client < len(self.discovery.clients)
-        if jail is self._main and known:
+        known = self.discovery is not None and 0 <= client < len(self.discovery.clients)
+        if jail is self._main and known and client not in self._stopped_clients:
+            self._log_output(jail)
+            self._stopped_clients.add(client)
             self._listener.client_stopped(self, client)
 
     def worker_ready(self, jail: Jail, number: int) -> None:

@@ -65,7 +65,7 @@ def test_each_call_has_a_jail_of_its_own_with_lifetime_jail(make_node: NodeMaker
     node.finish(*tickets)
     rows = sorted(ticket.value for ticket in tickets)
     assert not any(found for _, _, _, found in rows)
-    # The kernel gives a number again once its namespace is gone, so only those at once are compared.
+    # Numbers of namespaces are used again, so only jails that were there at once are compared.
     at_once = [(a, b) for a, b in itertools.combinations(rows, 2) if b[0] < a[1]]
     assert at_once
     assert all(set(a[2]).isdisjoint(b[2]) for a, b in at_once)

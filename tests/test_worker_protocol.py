@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import NodeMaker, ServedNode, toolkit_text
 
-from atp_sandbox.outcome import Kind
+from atp_sandbox.outcome import Failure, Kind
 
 TIME_S = 5.0
 BODY = """
@@ -126,10 +126,10 @@ def test_second_answer_of_a_reused_worker_is_no_answer_to_the_next_call(
         return "second"
 
     node = make_node(toolkit_text(BODY), lifetime="calls:10", concurrency=1)
-    first = node.begin_inside(answer_later)
-    node.finish(first)
-    second = node.begin_inside(wait)
-    node.finish(second)
-    assert first.value == "first"
-    assert second.failure.kind is Kind.CRASHED or second.value == "second"
+    assert node.inside(answer_later) == "first"
+    later = [node.begin_inside(wait) for _ in range(3)]  # one of them has the same process
+    node.finish(*later)
+    crashed = [t for t in later if isinstance(t.outcome, Failure)]
+    assert [t.failure.kind for t in crashed] in ([], [Kind.CRASHED])
+    assert {t.value for t in later if t not in crashed} == {"second"}
     node.assert_healthy()

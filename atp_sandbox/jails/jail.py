@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
 from typing import Protocol
 
@@ -90,9 +91,10 @@ class Exited:
 class _Worker:
     """Our side of one worker process; owns its channel, output pipe and handle."""
 
-    def __init__(self, number: int, slot: int, output: OutputPipe) -> None:
+    def __init__(self, number: int, slot: int, output: OutputPipe, *, is_zygote: bool) -> None:
         self.number = number
         self.slot = slot
+        self.is_zygote = is_zygote
         self.output = output
         self.channel: Channel | None = None
         self.handle: ProcessHandle | None = None
@@ -108,6 +110,23 @@ class _Worker:
             self.channel.close()
         if self.handle is not None:
             self.handle.close()
+
+
+class Phase(Enum):
+    """How far a jail has come; what its zygote may say depends on it."""
+
+    SETTING_UP = auto()
+    IMPORTING = auto()
+    SERVING = auto()
+    BROKEN = auto()
+
+
+_ZYGOTE_MAY_SAY = {
+    Phase.SETTING_UP: {"locked"},
+    Phase.IMPORTING: {"discovered", "broken"},
+    Phase.SERVING: {"stopped", "fork_failed"},
+    Phase.BROKEN: set[str](),
+}
 
 
 class Jail:
@@ -129,7 +148,7 @@ class Jail:
         self._warden_handle: ProcessHandle | None = None
         self._builder: subprocess.Popen[bytes] | None = None
         self._setup_timer: Timer | None = None
-        self._is_locked = False
+        self._phase = Phase.SETTING_UP
         self._is_closed = False
         self.output = OutputPipe(loop)
         self._outside_id = _allocate_id() if os.geteuid() == 0 else None
@@ -332,7 +351,7 @@ class Jail:
         if wrong:
             self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
             return
-        self._is_locked = True
+        self._phase = Phase.IMPORTING
         self._zygote_pid = pid
         self._zygote_channel.peer_pid = pid
         assert self._setup_timer is not None
@@ -424,23 +443,23 @@ class Jail:
             self._warden_channel.send(frames.encode("kill", sorted(strays)))
 
     def _on_zygote(self, message: frames.Message, sender: int) -> None:
-        if not self._is_locked:
-            if message[0] == "locked":
-                self._on_locked(sender)
-            else:
-                self._fail_setup("verification", "the zygote spoke before it was confined")
+        name = message[0]
+        if name not in _ZYGOTE_MAY_SAY[self._phase]:
+            self._end(f"its zygote said {name} out of turn")
             return
-        match message[0]:
+        match name:
+            case "locked":
+                self._on_locked(sender)
             case "discovered":
+                self._phase = Phase.SERVING
                 self._listener.jail_discovered(self, message[1], read_status(sender).threads)
             case "broken":
+                self._phase = Phase.BROKEN
                 self._listener.jail_broken(self, message[1], message[2])
             case "stopped":
                 self._listener.client_stopped(self, message[1])
             case "fork_failed":
                 self._on_fork_failed(message[1], message[2])
-            case _:
-                self._end("its zygote repeated itself")
 
     def _on_fork_failed(self, number: int, errno: int) -> None:
         worker = self._workers.get(number)
@@ -459,7 +478,7 @@ class Jail:
 
     def _start(self, how: str, number: int, slot: int) -> None:
         ours, theirs = channel_pair()
-        worker = _Worker(number, slot, OutputPipe(self._loop))
+        worker = _Worker(number, slot, OutputPipe(self._loop), is_zygote=how == "become")
         self._workers[number] = worker
         limit = self._spec.limits.output_bytes + _FRAME_OVERHEAD_BYTES
         worker.channel = Channel(
@@ -494,6 +513,9 @@ class Jail:
             return  # it has ended; the warden will say how
         worker.handle = handle
         is_zygote = pid == self._zygote_pid
+        if is_zygote is not worker.is_zygote:
+            self._end("its zygote spoke for a worker")
+            return
         if status.parent_pid != self._warden_pid:
             self._end("a worker is no child of its warden")
             return
@@ -527,7 +549,7 @@ class Jail:
     def _end(self, reason: str) -> None:
         if self._is_closed:
             return
-        if not self._is_locked:
+        if self._phase is Phase.SETTING_UP:
             self._fail_setup("start", reason)
             return
         self.close()

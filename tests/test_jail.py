@@ -1,0 +1,463 @@
+"""What a tool finds when it looks around in its jail: nothing of the machine, and no way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import LogLine, NodeMaker, ServedNode, toolkit_text
+
+from atp_sandbox.jails.processes import read_status
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def node(make_module_node: NodeMaker) -> ServedNode:
+    return make_module_node(toolkit_text(), env={"REGION": "eu"})
+
+
+def jail_processes() -> list[psutil.Process]:
+    """Every process of the jails that this test process has, wardens first."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if read_status(process.pid).namespace_depth > len(own_namespaces("NSpid"))
+    ]
+
+
+def own_namespaces(row: str) -> list[str]:
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return rows[row].split()
+
+
+# -- privileges ------------------------------------------------------------------------------------
+
+
+def test_tool_has_no_capability_and_can_gain_none(node: ServedNode) -> None:
+    def look() -> dict[str, str]:
+        with open("/proc/self/status") as file:
+            return {row[0]: row[1].strip() for row in (line.split(":", 1) for line in file)}
+
+    status = node.inside(look)
+    for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0, name
+    assert status["NoNewPrivs"] == "1"
+    assert status["Uid"].split() == ["1000"] * 4
+    assert status["Gid"].split() == ["1000"] * 4
+    assert status["Groups"].split() in ([], ["65534"])
+
+
+def test_every_process_of_a_jail_is_unprivileged_as_seen_from_outside(node: ServedNode) -> None:
+    node.assert_healthy()
+    processes = jail_processes()
+    wardens = [p for p in processes if p.ppid() == os.getpid()]
+    assert wardens
+    for process in processes:
+        status = read_status(process.pid)
+        if process not in wardens:
+            assert status.capabilities == 0
+            assert status.no_new_privs
+        if os.geteuid() == 0:
+            assert status.uid not in (0, 1000)
+
+
+def test_tool_runs_in_namespaces_of_its_own(node: ServedNode) -> None:
+    names = ("pid", "net", "ipc", "uts", "user", "mnt", "cgroup")
+
+    def look(names: list[str]) -> list[int]:
+        import os
+
+        return [os.stat(f"/proc/self/ns/{name}").st_ino for name in names]
+
+    ours = [os.stat(f"/proc/self/ns/{name}").st_ino for name in names]
+    for name, outer, inner in zip(names, ours, node.inside(look, list(names)), strict=True):
+        assert outer != inner, name
+
+
+def attempt(what: str, *arguments: Any) -> str:
+    """Do something that must be refused; the name of the error, or `allowed`."""
+    import ctypes
+    import errno
+    import os
+    import signal
+    import socket
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def system_call(number: int, *values: Any) -> None:
+        if libc.syscall(number, *values) < 0:
+            raise OSError(ctypes.get_errno(), what)
+
+    def library_call(name: str, *values: Any) -> None:
+        if getattr(libc, name)(*values) < 0:
+            raise OSError(ctypes.get_errno(), name)
+
+    try:
+        match what:
+            case "unshare user":
+                library_call("unshare", 0x10000000)
+            case "unshare":
+                library_call("unshare", int(arguments[0]))
+            case "mount tmpfs":
+                library_call("mount", b"none", os.environ["HOME"].encode(), b"tmpfs", 0, None)
+            case "remount":
+                library_call("mount", b"none", b"/toolkit", None, 32 | 4096, None)
+            case "unmount":
+                library_call("umount2", arguments[0].encode(), 2)
+            case "chroot":
+                os.chroot("/toolkit")
+            case "hostname":
+                socket.sethostname("mine")
+            case "setuid":
+                os.setuid(0)
+            case "kill":
+                os.kill(arguments[0], signal.SIGKILL)
+            case "ptrace":
+                library_call("ptrace", 16, arguments[0], 0, 0)
+            case "write":
+                os.close(os.open(arguments[0], os.O_WRONLY | os.O_CREAT, 0o600))
+            case "make directory":
+                os.mkdir(arguments[0])
+            case "read":
+                os.close(os.open(arguments[0], os.O_RDONLY))
+            case "device":
+                os.mknod(os.environ["HOME"] + "/device", 0o20600, os.makedev(1, 1))
+                os.close(os.open(os.environ["HOME"] + "/device", os.O_RDWR))
+            case "raw socket":
+                socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).close()
+            case "connect":
+                with socket.create_connection(tuple(arguments), timeout=3):
+                    pass
+            case "bpf":
+                system_call({"x86_64": 321}.get(os.uname().machine, 280), 0, 0, 0)
+            case "setns":
+                fd = os.open("/proc/self/ns/net", os.O_RDONLY)
+                library_call("setns", fd, 0)
+            case _:
+                return "no such attempt"
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, type(error).__name__)
+    return "allowed"
+
+
+@pytest.mark.parametrize(
+    "attempted",
+    [
+        ("unshare user",),
+        ("unshare", 0x20000),
+        ("unshare", 0x20000000),
+        ("unshare", 0x40000000),
+        ("mount tmpfs",),
+        ("remount",),
+        ("unmount", "/toolkit"),
+        ("unmount", "/proc"),
+        ("chroot",),
+        ("hostname",),
+        ("setuid",),
+        ("ptrace", 1),
+        ("ptrace", 2),
+        ("device",),
+        ("raw socket",),
+        ("bpf",),
+        ("setns",),
+        ("read", "/proc/1/mem"),
+        ("read", "/proc/1/environ"),
+        ("read", "/proc/2/mem"),
+        ("read", "/proc/kcore"),
+        ("write", "/proc/sys/kernel/hostname"),
+        ("write", "/proc/sys/user/max_user_namespaces"),
+        ("write", "/proc/sysrq-trigger"),
+        ("connect", "169.254.169.254", 80),
+        ("connect", "10.0.0.1", 80),
+        ("connect", "8.8.8.8", 53),
+    ],
+    ids=lambda attempted: " ".join(map(str, attempted)),
+)
+def test_tool_is_refused(node: ServedNode, attempted: tuple[Any, ...]) -> None:
+    refusal = node.inside(attempt, *attempted)
+    assert refusal not in ("allowed", "no such attempt")
+    node.assert_healthy()
+
+
+@pytest.mark.parametrize("victim", [1, 2, -1], ids=["warden", "zygote", "everybody"])
+def test_tool_cannot_kill_what_the_jail_rests_on(
+    make_node: NodeMaker, logged: list[LogLine], victim: int
+) -> None:
+    """The kernel may say that it worked; what counts is who lives."""
+
+    def wait() -> str:
+        import time
+
+        time.sleep(0.5)
+        return "finished"
+
+    node = make_node(toolkit_text())
+    bystander = node.begin_inside(wait)
+    node.until(lambda: node.toolkit is not None and node.toolkit.running == 1, "one at work")
+    node.finish(node.begin_inside(attempt, "kill", victim))
+    node.finish(bystander)
+    assert bystander.value == "finished"
+    node.assert_healthy()
+    assert [line.message for line in logged if line.event == "jail_ended"] == []
+
+
+# -- what it sees ----------------------------------------------------------------------------------
+
+
+def test_tool_sees_only_its_own_process(node: ServedNode) -> None:
+    def look() -> list[object]:
+        import os
+
+        return [[int(n) for n in os.listdir("/proc") if n.isdigit()], os.getpid()]
+
+    others = [node.begin_inside(look) for _ in range(4)]
+    node.finish(*others)
+    for ticket in others:
+        seen, own = ticket.value
+        assert set(seen) <= {own}
+
+
+def test_root_holds_only_what_we_put_there(node: ServedNode) -> None:
+    def look() -> dict[str, list[str]]:
+        import os
+
+        found = {}
+        for path in ("/", "/etc", "/dev", "/scratch", "/tmp", "/etc/ssl"):
+            found[path] = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        return found
+
+    found = node.inside(look)
+    allowed = {"bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "scratch"}
+    allowed |= {"tmp", "toolkit", "usr", "opt", "root", "home", "run", "nix", "var"}
+    assert set(found["/"]) <= allowed
+    assert set(found["/dev"]) <= {
+        *("fd", "full", "null", "random", "shm", "stderr", "stdin", "stdout", "urandom", "zero")
+    }
+    ours = {"group", "hostname", "hosts", "nsswitch.conf", "passwd", "resolv.conf"}
+    certificates = {"ca-certificates", "pki", "ssl"}
+    tables = {"ld.so.cache", "localtime", "mime.types", "protocols", "services"}
+    assert ours <= set(found["/etc"]) <= ours | certificates | tables
+    assert "private" not in found["/etc/ssl"]
+    assert found["/tmp"] == []
+
+
+def test_no_file_of_the_machine_or_of_the_supervisor_has_a_name_inside(
+    node: ServedNode, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not for tools")
+    paths = [
+        str(secret),
+        str(tmp_path.parent),
+        str(Path(__file__)),
+        str(ROOT / "atp_sandbox" / "supervisor.py"),
+        str(ROOT / "workers" / "zygote.py"),
+        *("/root/.bashrc", "/root/.ssh", "/root/.profile", "/etc/shadow", "/etc/machine-id"),
+        *("/var", "/sys", "/run", "/boot", "/mnt", "/srv", "/etc/ssh", "/bin/sh", "/usr/bin"),
+        *("/dev/tty", "/dev/mem", "/dev/kmsg", "/dev/fuse", "/dev/pts", "/proc/1", "/proc/2"),
+        *("/proc/kallsyms", "/proc/sys", "/proc/mounts", "/proc/net", "/run/atp-sandbox"),
+        *(str(path) for path in Path.home().iterdir() if not path.is_dir()),
+    ]
+
+    def look(paths: list[str]) -> list[str]:
+        import os
+
+        return [path for path in paths if os.path.lexists(path) and not os.path.islink(path)]
+
+    assert [p for p in paths if os.path.lexists(p)], "the machine has some of them"
+    assert node.inside(look, paths) == []
+
+
+def test_home_directories_of_the_machine_are_empty_but_for_the_interpreter(
+    node: ServedNode,
+) -> None:
+    def look() -> list[str]:
+        import os
+        import sys
+
+        interpreter = (sys.base_prefix, sys.prefix, *sys.path)
+        found = []
+        for top in ("/root", "/home", "/work", "/var", "/run"):
+            for where, _, files in os.walk(top):
+                if not any(where == p or where.startswith(p + "/") for p in interpreter if p):
+                    found += [os.path.join(where, name) for name in files]
+        return found
+
+    found = node.inside(look)
+    assert [path for path in found if "/lib/" not in path and "/ssl/" not in path] == []
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "/new",
+        "/etc/new",
+        "/etc/passwd",
+        "/toolkit/new",
+        "/dev/new",
+        "/usr/lib/new",
+        "/tmp/new",
+        "/scratch/new",
+        os.path.dirname(json.__file__) + "/new",
+        os.path.dirname(pytest.__file__) + "/new",
+    ],
+)
+def test_nothing_but_scratch_is_writable(node: ServedNode, where: str) -> None:
+    refusals = {node.inside(attempt, what, where) for what in ("write", "make directory")}
+    assert "allowed" not in refusals
+
+
+def test_tool_cannot_reach_the_scratch_of_the_import_or_of_another_call(node: ServedNode) -> None:
+    def keep() -> None:
+        import os
+        import time
+
+        with open(os.environ["HOME"] + "/mine", "w") as file:
+            file.write("of this call only")
+        time.sleep(1)
+
+    def look() -> list[str]:
+        import os
+
+        found = []
+        for name in os.listdir("/scratch"):
+            path = "/scratch/" + name
+            if path == os.environ["HOME"]:
+                continue
+            try:
+                found += [f"{path}/{entry}" for entry in os.listdir(path)]
+                os.mkdir(path + "/left")
+                found.append(path + "/left")
+            except OSError:
+                continue
+        return found
+
+    other = node.begin_inside(keep)
+    assert node.inside(look) == []
+    node.finish(other)
+
+
+def test_environment_is_exactly_what_was_built(node: ServedNode) -> None:
+    def look() -> dict[str, str]:
+        import os
+
+        return dict(os.environ)
+
+    found = node.inside(look)
+    scratch = found.pop("HOME")
+    assert found.pop("TMPDIR") == scratch
+    one_thread = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB_MAXIMUM")
+    assert found == {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "USER": "sandbox",
+        "LOGNAME": "sandbox",
+        "ATP_API_KEY": "sandbox-placeholder",
+        "REGION": "eu",
+        **{f"{library}_NUM_THREADS": "1" for library in one_thread},
+    }
+
+
+def test_kernel_holds_no_environment_or_arguments_of_ours(node: ServedNode) -> None:
+    for process in jail_processes():
+        try:
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        except PermissionError:
+            continue  # not dumpable, and we are no root
+        assert environment == b""
+        arguments = b" ".join(Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0"))
+        assert b"/toolkit" not in arguments
+
+
+def test_tool_has_only_its_streams_and_its_channel_open(node: ServedNode) -> None:
+    def look() -> list[list[object]]:
+        import os
+        import stat
+
+        found = []
+        for fd in range(1024):
+            try:
+                mode = os.fstat(fd).st_mode
+            except OSError:
+                continue
+            kinds = {stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device"}
+            found.append([fd, kinds.get(stat.S_IFMT(mode), "other")])
+        return found
+
+    found = node.inside(look)
+    assert found[:3] == [[0, "device"], [1, "pipe"], [2, "pipe"]]
+    assert [kind for _, kind in found[3:]] == ["socket"]
+
+
+def test_resource_limits_hold_and_cannot_be_raised(node: ServedNode) -> None:
+    def look() -> dict[str, bool]:
+        import resource
+
+        refused = {}
+        for name in ("NOFILE", "NPROC", "FSIZE", "CORE", "MEMLOCK"):
+            number = getattr(resource, "RLIMIT_" + name)
+            soft, hard = resource.getrlimit(number)
+            try:
+                resource.setrlimit(number, (soft, hard + 1))
+                refused[name] = False
+            except (ValueError, OSError):
+                refused[name] = hard >= 0
+        return refused
+
+    assert set(node.inside(look).values()) == {True}
+
+
+# -- network ---------------------------------------------------------------------------------------
+
+
+def test_services_of_the_machine_cannot_be_reached(node: ServedNode, tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as named,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
+        named.bind(str(tmp_path / "socket"))
+        named.listen()
+        abstract.bind("\0atp-sandbox-test-" + str(os.getpid()))
+        abstract.listen()
+
+        def connect(port: int, path: str, name: str) -> list[str]:
+            import errno
+            import socket
+
+            refused = []
+            for family, address in (
+                (socket.AF_INET, ("127.0.0.1", port)),
+                (socket.AF_UNIX, path),
+                (socket.AF_UNIX, "\0" + name),
+            ):
+                try:
+                    with socket.socket(family) as sock:
+                        sock.settimeout(5)
+                        sock.connect(address)
+                    refused.append("connected")
+                except OSError as error:
+                    refused.append(errno.errorcode[error.errno or 0])
+            return refused
+
+        name = "atp-sandbox-test-" + str(os.getpid())
+        answers = node.inside(connect, tcp.getsockname()[1], str(tmp_path / "socket"), name)
+        assert "connected" not in answers
+        tcp.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            tcp.accept()
+
+
+def test_jail_has_no_interface_but_loopback(node: ServedNode) -> None:
+    def look() -> list[list[object]]:
+        import socket
+
+        return [list(row) for row in socket.if_nameindex()]
+
+    assert [row[1] for row in node.inside(look)] == ["lo"]
