@@ -1,8 +1,8 @@
 """`ToolKitClient` for one's own script: the published SDK's class, its tools run in a jail.
 
-The script's top level runs twice: here, trusted, and in the jail as `__main__`, where the same import
-gives the drop-in of `workers.atp_sdk`. So what a tool needs must be made by the script itself, and
-what must not be seen by tools belongs after `start()`, which never returns in the jail.
+The script's top level runs twice: here, trusted, and in the jail as `__main__`, where the same
+import gives the drop-in of `workers.atp_sdk`. So what a tool needs must be made by the script
+itself, and what must not be seen by tools belongs after `start()`, which never returns in the jail.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _made = 0
 class ToolKitClient:
     """Registers functions of this script as tools and serves them, each call in its own process.
 
-    `api_key`, `app_name` and `base_url` as in the SDK's documentation. Only by keyword: `limits` and
-    `lifetime` (`call`, `calls:N`, `jail`) of the calls; `env`, the environment of the jail, not for
-    secrets; `data`, files and folders that the script needs beside itself; `ws_path`, `0.1` or
+    `api_key`, `app_name` and `base_url` as in the SDK's documentation. Only by keyword: `limits`
+    and `lifetime` (`call`, `calls:N`, `jail`) of the calls; `env`, the environment of the jail, not
+    for secrets; `data`, files and folders that the script needs beside itself; `ws_path`, `0.1` or
     `0.2`; `state_dir`.
     """
 
@@ -163,8 +163,8 @@ def _main_script() -> Path:
     if path is None or not os.path.isfile(path):
         raise UsageError(
             "ToolKitClient.start() needs a script file",
-            cause="the tools run in another process, which imports the script again; an interactive "
-            "session or a notebook has none",
+            cause="the tools run in another process, which imports the script again; "
+            "an interactive session or a notebook has none",
             tip="save the code as a file and run it with python",
         )
     if main.__spec__ is not None and main.__package__:

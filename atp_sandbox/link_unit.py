@@ -31,7 +31,7 @@ from atp_sandbox.atp.messages import (
     decode,
     encode_response,
 )
-from atp_sandbox.atp.registration import RegistrationEntry, Registrar
+from atp_sandbox.atp.registration import Registrar, RegistrationEntry
 from atp_sandbox.atp.session import Resend, Running, Session, Start
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Outcome, outcome_json

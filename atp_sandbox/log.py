@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 import unicodedata
+from collections.abc import Iterable
 from typing import TextIO
 
 _logger = logging.getLogger("atp_sandbox")
@@ -40,6 +41,14 @@ def _is_shown(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def without(text: str, secrets: Iterable[str]) -> str:
+    """`text`, which went through `printable` or not, without any of `secrets`."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        for spelling in {secret, printable(secret), printable(secret, keep_newlines=True)}:
+            text = text.replace(spelling, "***")
+    return text
 
 
 class TextFormatter(logging.Formatter):

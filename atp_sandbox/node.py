@@ -1,7 +1,7 @@
 """The local node: toolkits in, one outcome for each call out.
 
-The seam to the supervisor is small on purpose (ARCHITECTURE.md, "Beyond one machine"): submit, drain,
-state; outcomes and what toolkits say of themselves come back as events.
+The seam to the supervisor is small on purpose (ARCHITECTURE.md, "Beyond one machine"): submit,
+drain, state; outcomes and what toolkits say of themselves come back as events.
 """
 
 from __future__ import annotations

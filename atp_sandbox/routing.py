@@ -1,7 +1,7 @@
 """Which tool is served over which link, under which name and key. PURE.
 
-The operator's key and address make one link for everything; otherwise, and only if the operator said
-so, each distinct pair of address and key that the toolkits name makes one.
+The operator's key and address make one link for everything; otherwise, and only if the operator
+said so, each distinct pair of address and key that the toolkits name makes one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def warnings(toolkit: str, discovery: Discovery) -> Iterator[Warning]:
             app = printable(client.app_name)
             yield Warning(
                 "client_not_started",
-                f"client {app} registered tools but never called start(); it is served all the same",
+                f"client {app} registered tools but never called start(); "
+                "it is served all the same",
             )
 
 
@@ -73,10 +74,8 @@ def route(discoveries: Mapping[str, Discovery], backend: BackendSettings) -> tup
     app_name = backend.app_name
     if app_name is not None and sum(len(d.clients) for d in discoveries.values()) > 1:
         app_name = None
-    if backend.as_written:
-        targets = _as_written(discoveries)
-    else:
-        targets = _operators(discoveries, backend)
+    as_written = backend.as_written
+    targets = _as_written(discoveries) if as_written else _operators(discoveries, backend)
     return tuple(
         _route(base_url, api_key, owners, discoveries, app_name)
         for (base_url, api_key), owners in targets.items()
@@ -94,22 +93,21 @@ def _operators(
         missing = [
             name
             for name, value in (
-                ("an API key (--api-key-file or ATP_API_KEY)", backend.api_key),
-                ("a base URL (--base-url or ATP_BASE_URL)", backend.base_url),
+                ("no API key (--api-key-file or ATP_API_KEY)", backend.api_key),
+                ("no base URL (--base-url or ATP_BASE_URL)", backend.base_url),
             )
             if value is None
         ]
         named = sorted(
             {
-                f"{printable(client.base_url)} (toolkit {toolkit}, app {printable(client.app_name)})"
+                f"{printable(client.base_url)} "
+                f"(toolkit {toolkit}, app {printable(client.app_name)})"
                 for toolkit, discovery in discoveries.items()
                 for client in discovery.clients
             }
         )
         raise UsageError(
-            f"The backend is not known: there is no {' and no '.join(missing)}.".replace(
-                "no an ", "no "
-            ).replace("no a ", "no "),
+            f"The backend is not known: there is {' and '.join(missing)}.",
             cause="The toolkits name: " + "; ".join(named),
             tip="Give both, or use --embedded to try it here, or --as-written to connect where the "
             "toolkits say, with the keys they hold.",

@@ -6,6 +6,7 @@ joins the node to the links and knows when everything is ready and when everythi
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from atp_sandbox.toolkit import NodeCall, ServedToolkit
 DRAIN_LOOK_S = 0.02
 SEND_GRACE_S = 5.0
 """For answers to leave after the last call ended, before the rest of them is given up."""
+_SECRET_CHARS = 6
+"""Shorter strings of a token, such as its kind, are no secret and stand in many texts."""
 SHUTDOWN_S = 2.0
 """For links to say good-bye."""
 SCRIPT_END_S = 1.0
@@ -236,11 +239,12 @@ class Supervisor:
             assert self._samples is not None
             self._samples.finished(call, outcome)
             return
+        secrets = _secrets(call.token)
         if printed:
             log.emit(
                 log.INFO,
                 "tool_output",
-                printed,
+                log.without(printed, secrets),
                 toolkit=call.toolkit,
                 tool=call.tool.name,
                 request_id=context.request_id_json,
@@ -249,7 +253,7 @@ class Supervisor:
             log.emit(
                 log.INFO,
                 "call_failed",
-                outcome.error,
+                log.without(outcome.error, secrets),
                 toolkit=call.toolkit,
                 tool=call.tool.name,
                 request_id=context.request_id_json,
@@ -309,3 +313,18 @@ class Supervisor:
     def _fail(self, error: SandboxError) -> None:
         self._error = self._error or error
         self._loop.stop()
+
+
+def _secrets(token: bytes | None) -> list[str]:
+    """What of a call's token may not be logged, whoever prints it: each of its longer strings."""
+    found: list[str] = []
+    todo: list[object] = [] if token is None else [json.loads(token)]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, str) and len(value) >= _SECRET_CHARS:
+            found.append(value)
+    return found

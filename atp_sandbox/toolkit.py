@@ -16,15 +16,17 @@ from atp_sandbox import log
 from atp_sandbox.confinement.plan import ToolkitView
 from atp_sandbox.discovery import Discovery, Tool, parse_report
 from atp_sandbox.errors import SandboxError, ToolkitError
-from atp_sandbox.jails.jail import Exited, Jail, JailSpec, SetupFailure
+from atp_sandbox.jails.jail import Jail, SetupFailure
+from atp_sandbox.jails.launch import JailSpec
 from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import Snapshot
+from atp_sandbox.jails.worker import Exited
 from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.scheduling import pool, verdict
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
-from workers.frames import FrameError, FrameTooLong
+from workers.frames import FrameError, FrameTooLong, is_oversize
 
 RESTING_BYTES = 32 * 1024 * 1024
 """A zygote before its import: the interpreter and our modules, with room to spare."""
@@ -291,9 +293,13 @@ class ServedToolkit:
         self._obey(self._pool.worker_answered(number, outcome, self._loop.now()))
 
     def worker_broke_rules(self, jail: Jail, number: int, error: FrameError) -> None:
-        if isinstance(error, FrameTooLong):
-            self._stop(number, verdict.output_exceeded(self.settings.limits))
-            return
+        call = self._pool.call_of(number)
+        if isinstance(error, FrameTooLong) and call is not None:
+            assert isinstance(call.payload, NodeCall)
+            # Only the head of a proper answer is evidence of a large result; the rest is garbage.
+            if is_oversize(error.head, call.payload.call_id):
+                self._stop(number, verdict.output_exceeded(self.settings.limits))
+                return
         log.emit(
             log.WARNING,
             "worker_broke_rules",

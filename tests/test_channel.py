@@ -36,9 +36,7 @@ class End:
         self.seen: list[Message] = []
         self.senders: list[int] = []
         self.ends: list[FrameError | None] = []
-        self.channel = Channel(
-            loop, ours, Decoder(TABLE, MOST), self._on_message, self.ends.append
-        )
+        self.channel = Channel(loop, ours, Decoder(TABLE, MOST), self._on_message, self.ends.append)
 
     def _on_message(self, message: Message, sender: int) -> None:
         self.seen.append(message)
@@ -198,18 +196,19 @@ def test_a_peer_that_never_reads_does_not_hold_up_the_loop(end: End) -> None:
 def test_a_big_frame_goes_out_whole_and_in_order_while_others_are_served(end: End) -> None:
     sent = encode("blob", os.urandom(1024 * 1024)) + encode("number", 1)
     received = bytearray()
-    reader = threading.Thread(target=lambda: _read_all(end.peer, received, len(sent)))
+
+    def read_all() -> None:
+        while len(received) < len(sent):
+            received.extend(end.peer.recv(65536))
+        end.loop.call_from_thread(lambda: None)
+
+    reader = threading.Thread(target=read_all)
     end.channel.send(sent[:-9])
     end.channel.send(sent[-9:])
     reader.start()
     end.until(lambda: len(received) == len(sent))
     reader.join()
     assert received == sent
-
-
-def _read_all(sock: socket.socket, into: bytearray, count: int) -> None:
-    while len(into) < count:
-        into += sock.recv(65536)
 
 
 def test_big_frames_come_in_piece_by_piece_while_others_are_served(end: End) -> None:

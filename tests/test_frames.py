@@ -1,10 +1,11 @@
-"""Whatever bytes come: only messages of the table or FrameError come out, and at most one frame stays.
+"""Whatever bytes come, messages of the table or FrameError come out, and at most one frame stays.
 
 Whoever writes them is hostile: each rule of the grammar has a test, and no split changes anything.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 import tracemalloc
 from typing import Any
@@ -95,7 +96,7 @@ def test_what_was_sent_arrives(sent: list[Message]) -> None:
 @given(hostile, st.lists(st.integers(0, 4096)))
 def test_any_split_of_any_bytes_gives_the_same(data: bytes, cuts: list[int]) -> None:
     places = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    pieces = [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [data[a:b] for a, b in itertools.pairwise(places)]
     whole = read([data])
     assert repr(read(pieces)) == repr(whole)
     assert repr(read([bytes([byte]) for byte in data])) == repr(whole)
@@ -240,7 +241,13 @@ def test_a_frame_of_containers_costs_no_more_than_its_own_size(body: bytes) -> N
 
 
 def test_no_reason_repeats_what_was_in_the_frame() -> None:
-    for body in (["SECRET"], ["kill", "SECRET"], ["all", "SECRET"], "SECRET", ["nothing", "SECRET"]):
+    for body in (
+        ["SECRET"],
+        ["kill", "SECRET"],
+        ["all", "SECRET"],
+        "SECRET",
+        ["nothing", "SECRET"],
+    ):
         assert "SECRET" not in refused(msgpack.packb(body))
 
 

@@ -84,11 +84,12 @@ DIFFERENT_ANSWERS: dict[str, dict[str, Answered]] = {
 }
 """By scenario and request id. What else differs:
 
-- `call_normal`: a repeated request is not run again but sent the same answer again; on the wire that
-  is the same, and the log shows it.
+- `call_normal`: a repeated request is not run again but sent the same answer again. The wire is the
+  same; the log shows it.
 - `register_api_key_parameter_name`: a script that never calls `start()` is served all the same.
+- `two_clients_one_process`: a tool that the other client registered is an error, as any unknown one.
 - `register_http_*`: a registration that failed in a way that may pass is tried again.
-- every reconnect waits for its back-off.
+- Each reconnect waits for its back-off.
 """
 
 FREE_WORDING: dict[str, set[str]] = {
@@ -109,6 +110,11 @@ DIFFERENT_CLOSES: dict[str, list[tuple[int, str]]] = {
 }
 
 RETRIED_REGISTRATIONS = {f"register_http_{status}" for status in (429, 500, 502, 503)}
+
+REQUESTS_ONLY = {"register_api_key_parameter_name"}
+"""There is no connection in the transcript, and there is one here."""
+ANSWERS_APART = {"two_clients_one_process"}
+"""Which connection comes first decides what is answered: see the case's own check."""
 
 # -- documents -------------------------------------------------------------------------------------
 
@@ -386,8 +392,11 @@ def assert_well_formed(ours: Document) -> None:
 def assert_same_wire(name: str, golden: Document, ours: Document) -> None:
     """Requests, handshakes, answers, pongs and closes as recorded, but for what is listed."""
     assert_same_requests(name, golden, ours)
+    if name in REQUESTS_ONLY:
+        return
     assert_same_handshakes(golden, ours)
-    assert_same_answers(name, golden, ours)
+    if name not in ANSWERS_APART:
+        assert_same_answers(name, golden, ours)
     assert ours.pongs == golden.pongs
     assert ours.closes == DIFFERENT_CLOSES.get(name, golden.closes)
 
@@ -571,13 +580,15 @@ def stop_before_start_returns_quietly(_golden: Document, ours: Document) -> None
 @checks(BESIDE_THE_WIRE, "two_clients_one_process")
 def each_client_has_its_own_connection(golden: Document, ours: Document) -> None:
     assert ours.result["paths"] == golden.result["paths"]
-    of_path = {"/ws/v1/atp/TESTKEY/": ("q", 1), "/ws/v1/atp/KEY2/": ("q", 2)}
-    for place, (request_id, number) in zip("ab", of_path.values(), strict=True):
+    # The oracle asks the first connection for tool `one` and the second for `two`, whosever it is.
+    served = {"a": ("/ws/v1/atp/TESTKEY/", 1), "b": ("/ws/v1/atp/KEY2/", 2)}
+    for place, (owner, result) in served.items():
         path, answer = ours.result[place]
-        # The oracle asks for tool `one` on the first connection and for `two` on the second.
-        assert answer["request_id"] == request_id
-        if path == list(of_path)[number - 1]:
-            assert answer["result"] == number
+        assert answer["request_id"] == "q"
+        if path == owner:
+            assert answer["result"] == result
+        else:
+            assert_failure(answer["result"], Kind.UNKNOWN_TOOL)
 
 
 @checks(BESIDE_THE_WIRE, *(n for n in INDEX if n.startswith("register_http_") and n[14:].isdigit()))
@@ -908,28 +919,16 @@ SLOW = {
 
 
 def cases(kind: str) -> list[Any]:
-    """The cases of one class, the longest first: so the workers of xdist come out even."""
+    """The cases of one class. Behind the longest come the shortest: xdist hands them out together."""
     names = [name for name, case in INDEX.items() if case["class"] == kind]
-    names.sort(key=lambda name: (name not in LONG, name not in SLOW))
-    marks = {
-        True: [pytest.mark.slow, pytest.mark.timeout(200)],
-        False: [],
-    }
-    return [
-        pytest.param(
-            name,
-            id=name,
-            marks=marks[True] if name in LONG else [pytest.mark.slow] if name in SLOW else [],
-        )
-        for name in names
-    ]
+    names.sort(key=lambda name: (name not in LONG, transcript(name).events[-1]["t_ms"]))
+    return [pytest.param(name, id=name, marks=_marks(name)) for name in names]
 
 
-@pytest.mark.parametrize("name", cases("improve"))
-def test_fault_of_the_sdk_is_improved_on(name: str, tmp_path: Path) -> None:
-    ours = play(name, tmp_path)
-    assert_well_formed(ours)
-    IMPROVED[name](transcript(name), ours)
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    if name in LONG:
+        return [pytest.mark.slow, pytest.mark.timeout(200)]
+    return [pytest.mark.slow] if name in SLOW else []
 
 
 @pytest.mark.parametrize("name", cases("match"))
@@ -937,13 +936,17 @@ def test_wire_is_as_recorded(name: str, tmp_path: Path) -> None:
     golden, ours = transcript(name), play(name, tmp_path)
     assert_well_formed(ours)
     assert ours.content["toolkit_source"] == golden.content["toolkit_source"]
-    if name == "register_api_key_parameter_name":
-        assert_same_requests(name, golden, ours)
-    else:
-        assert_same_wire(name, golden, ours)
+    assert_same_wire(name, golden, ours)
     assert_same_results(name, golden, ours)
     if name in BESIDE_THE_WIRE:
         BESIDE_THE_WIRE[name](golden, ours)
+
+
+@pytest.mark.parametrize("name", cases("improve"))
+def test_fault_of_the_sdk_is_improved_on(name: str, tmp_path: Path) -> None:
+    ours = play(name, tmp_path)
+    assert_well_formed(ours)
+    IMPROVED[name](transcript(name), ours)
 
 
 @pytest.mark.parametrize("name", cases("free"))

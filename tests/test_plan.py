@@ -113,6 +113,4 @@ def test_this_machines_own_view_can_be_planned() -> None:
     forbidden = {"/", "/etc", "/home", "/root", "/proc", "/sys", "/dev", "/var", "/run", "/tmp"}
     assert not forbidden & set(host.read_only)
     kit = replace(KIT, env={})
-    json.dumps(
-        jail_plan(host, kit, Limits(), outside_id=1, mountpoint="/m", calls_per_worker=1)
-    )
+    json.dumps(jail_plan(host, kit, Limits(), outside_id=1, mountpoint="/m", calls_per_worker=1))

@@ -1,4 +1,4 @@
-"""Which tool goes over which link: the operator's, or, by the operator's leave, the toolkits' own."""
+"""Which tool goes over which link: the operator's, or by the operator's leave the toolkits'."""
 
 from __future__ import annotations
 

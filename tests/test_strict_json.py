@@ -125,9 +125,7 @@ def test_a_surrogate_pair_and_an_escaped_escape_pass(text: str) -> None:
 
 
 @given(st.integers(1, 30), st.booleans(), st.integers(1, 30))
-def test_too_deep_counts_levels_of_lists_and_objects(
-    depth: int, as_dict: bool, most: int
-) -> None:
+def test_too_deep_counts_levels_of_lists_and_objects(depth: int, as_dict: bool, most: int) -> None:
     value: Any = 1
     for level in range(depth):
         value = {"k": value} if as_dict and level % 2 else [0, value]

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from typing import Any, Dict, NoReturn, Optional, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 from . import frames, stdio
 from .confinement import scratch
@@ -26,6 +26,9 @@ _CHANNEL_FD = 200
 _ERROR_CHARS = 64 * 1024
 _MAX_CALL_BYTES = 64 * 1024 * 1024
 """A request of 16 MiB grows at most fourfold when its text is spelled in ASCII."""
+
+_SMALLEST_LARGE_BYTES = 64 * 1024
+"""Below it a result that is too large is sent all the same, and refused where it is counted."""
 
 _run_coroutine: Any = None
 
@@ -38,9 +41,14 @@ def prepare(registry: Registry) -> None:
 
 
 def serve(
-    registry: Registry, channel_fd: int, output_fd: int, number: int, slot: int, calls: int
+    plan: Dict[str, Any],
+    registry: Registry,
+    channel_fd: int,
+    output_fd: int,
+    number: int,
+    slot: int,
 ) -> NoReturn:
-    """Be worker `number` with scratch `slot` for up to `calls` calls; never returns."""
+    """Be worker `number` with scratch `slot` for as many calls as planned; never returns."""
     try:
         channel = _settle(channel_fd, output_fd, slot)
 
@@ -50,8 +58,8 @@ def serve(
         registry.on_stop = refuse_stop
         channel.sendall(frames.encode("ready", number))
         decoder = frames.Decoder(frames.TO_WORKER, _MAX_CALL_BYTES)
-        for _ in range(calls):
-            _answer_one(registry, channel, decoder)
+        for _ in range(plan["calls_per_worker"]):
+            _answer_one(registry, channel, decoder, plan["output_bytes"])
         status = 0
     except SystemExit as leaving:
         status = _exit_status(leaving)
@@ -83,9 +91,17 @@ def _settle(channel_fd: int, output_fd: int, slot: int) -> socket.socket:
     return socket.socket(fileno=high_fd)
 
 
-def _answer_one(registry: Registry, channel: socket.socket, decoder: frames.Decoder) -> None:
+def _answer_one(
+    registry: Registry, channel: socket.socket, decoder: frames.Decoder, output_bytes: int
+) -> None:
     call_id, index, params_json, token_json, is_sample = _receive(channel, decoder)
-    kind, body = _run(registry.registrations[index], params_json, token_json, is_sample)
+    entry = registry.registrations[index]
+    try:
+        kind, body = _run(entry, params_json, token_json, is_sample, output_bytes)
+    except _TooLarge as too_large:
+        stdio.flush()
+        channel.sendall(frames.oversize_head(call_id, too_large.least_bytes))
+        return
     stdio.flush()
     channel.sendall(frames.encode("answer", call_id, kind, body))
 
@@ -104,9 +120,16 @@ def _receive(
 
 
 def _run(
-    entry: Registration, params_json: bytes, token_json: Optional[bytes], is_sample: bool
+    entry: Registration,
+    params_json: bytes,
+    token_json: Optional[bytes],
+    is_sample: bool,
+    output_bytes: int,
 ) -> Tuple[str, bytes]:
-    """Call the tool; ("result", JSON), ("error", sentence) or ("invalid", sentence)."""
+    """Call the tool; ("result", JSON), ("error", sentence) or ("invalid", sentence).
+
+    _TooLarge if the result's text would certainly be longer than `output_bytes`.
+    """
     try:
         arguments: Dict[str, Any] = json.loads(params_json)
         if token_json is not None:
@@ -118,10 +141,41 @@ def _run(
         raise
     except BaseException as error:  # any failure of foreign code is an answer
         return "error", _sentence(error)
+    _check_size(result, max(output_bytes, _SMALLEST_LARGE_BYTES))
     try:
         return "result", json.dumps(result, allow_nan=False).encode("ascii")
     except BaseException as error:  # as above: a result's own methods run in here
         return "invalid", _sentence(error)
+
+
+class _TooLarge(Exception):
+    """A result whose text needs at least `least_bytes`."""
+
+    def __init__(self, least_bytes: int) -> None:
+        super().__init__()
+        self.least_bytes = min(least_bytes, 2**31)
+
+
+def _check_size(result: Any, most_bytes: int) -> None:
+    """_TooLarge before a huge result is encoded, which would need its memory several times over."""
+    if type(result) not in (str, list, tuple, dict):
+        return
+    seen = 0
+    rest: List[Any] = [result]
+    while rest:
+        value = rest.pop()
+        kind = type(value)
+        if kind is str:
+            seen += len(value)
+        elif kind is dict:
+            seen += 4 * len(value)
+            rest.extend(value)
+            rest.extend(value.values())
+        elif kind is list or kind is tuple:
+            seen += 2 * len(value)
+            rest.extend(value)
+        if seen > most_bytes:
+            raise _TooLarge(seen)
 
 
 def _add_token(

@@ -26,6 +26,8 @@ Value = Union[None, bool, int, str, bytes, list[int]]
 Message = list[Any]
 
 HEADER_BYTES = 4
+HEAD_BYTES = 64
+"""What is looked at of a frame that is too long to be read."""
 MAX_CONTROL_BYTES = 64 * 1024
 """Largest control frame but for `discovered`."""
 MAX_DISCOVERED_BYTES = 32 * 1024 * 1024
@@ -103,13 +105,37 @@ class FrameError(Exception):
 
 
 class FrameTooLong(FrameError):
-    """The peer announced a frame beyond the reader's bound; nothing of it was kept."""
+    """The peer announced a frame beyond the reader's bound; but for `head`, nothing was kept."""
+
+    def __init__(self, message: str, head: bytes) -> None:
+        super().__init__(message)
+        self.head = head
+        """The first bytes of the frame's body."""
 
 
 def encode(name: str, *values: Value) -> bytes:
     """One frame, ready to be sent."""
     body: bytes = msgpack.packb([name, *values])
     return _header.pack(len(body)) + body
+
+
+def oversize_head(call_id: bytes, result_bytes: int) -> bytes:
+    """The beginning of the frame that would answer `call_id` with a result of `result_bytes`.
+
+    A worker sends it in place of a result that is too large anyway; `is_oversize` knows it again.
+    """
+    head = _answer_head(call_id) + b"\xc6" + _header.pack(result_bytes)
+    return _header.pack(len(head) + result_bytes) + head + bytes(HEAD_BYTES)
+
+
+def is_oversize(head: bytes, call_id: bytes) -> bool:
+    """Whether a frame that begins with `head` answers `call_id` with a large result."""
+    return head.startswith(_answer_head(call_id) + b"\xc6")  # bin 32, as of 64 KiB
+
+
+def _answer_head(call_id: bytes) -> bytes:
+    packed: bytes = msgpack.packb(["answer", call_id, "result", 0])
+    return packed[:-1]
 
 
 class Decoder:
@@ -148,7 +174,10 @@ class Decoder:
             return None
         (length,) = _header.unpack_from(buffer)
         if length > self.max_frame_bytes:
-            raise FrameTooLong(f"a frame of {length} bytes, {self.max_frame_bytes} allowed")
+            if len(buffer) < HEADER_BYTES + HEAD_BYTES:
+                return None
+            head = bytes(buffer[HEADER_BYTES : HEADER_BYTES + HEAD_BYTES])
+            raise FrameTooLong(f"a frame of {length} bytes, {self.max_frame_bytes} allowed", head)
         end = HEADER_BYTES + length
         if len(buffer) < end:
             return None

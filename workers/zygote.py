@@ -207,9 +207,7 @@ class _Zygote:
             self._channel.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
-            call.serve(
-                registry, channel_fd, output_fd, number, slot, self._plan["calls_per_worker"]
-            )
+            call.serve(self._plan, registry, channel_fd, output_fd, number, slot)
         os.close(channel_fd)
         os.close(output_fd)
 

@@ -111,6 +111,7 @@ def jail_plan(
         "package": toolkit.package,
         "msgpack_path": host.msgpack_path,
         "calls_per_worker": calls_per_worker,
+        "output_bytes": limits.output_bytes,
     }
 
 

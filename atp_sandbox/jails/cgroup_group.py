@@ -1,9 +1,9 @@
 """One cgroup, whichever the version: its directories, its processes, its counters.
 
-Trusted side only; no jail has a cgroup file system. A group is one directory on version 2 and one in
-each controller's hierarchy on version 1, all of the same relative path; what both versions have in
-common is here, the rest in `cgroups_v1` and `cgroups_v2`. Sources: cgroups(7), and in the kernel's
-Documentation/admin-guide `cgroup-v2.rst` and `cgroup-v1/`.
+Trusted side only; no jail has a cgroup file system. A group is one directory on version 2 and one
+in each controller's hierarchy on version 1, all of the same relative path; what both versions have
+in common is here, the rest in `cgroups_v1` and `cgroups_v2`. Sources: cgroups(7), and of the
+kernel's Documentation/admin-guide `cgroup-v2.rst` and `cgroup-v1/`.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ class Group(ABC):
         """For a group with `open_files`."""
 
     @abstractmethod
-    def restart_peak(self) -> None:
-        """Begin to look for the highest memory use anew, where the kernel can."""
+    def restart_peak(self) -> bool:
+        """Look for the highest memory use anew; whether this kernel can."""
 
     @abstractmethod
     def share_cpu(self, weight: int, quota: float | None) -> None:

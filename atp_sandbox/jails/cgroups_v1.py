@@ -37,11 +37,11 @@ class GroupV1(Group):
         # and those are born frozen. What has a SIGKILL pending makes no more.
         killed: set[int] = set()
         for _ in range(_KILL_ROUNDS):
-            self._write("freezer", "freezer.state", "FROZEN")
+            self._freeze("FROZEN")
             try:
                 found = kill_listed(self)
             finally:
-                self._write("freezer", "freezer.state", "THAWED")
+                self._freeze("THAWED")
             if found <= killed:
                 return
             killed |= found
@@ -51,14 +51,15 @@ class GroupV1(Group):
         oom, events, peak, refusals, swap_refusals, *cpu = (f.read() for f in self._counting)
         return Counters(
             oom_kills=field_of(oom, b"oom_kill"),
-            memory_refusals=int(refusals) + int(swap_refusals),
+            memory_refusals=int(refusals) + int(swap_refusals or 0),
             pids_refused=field_of(events, b"max"),
             cpu_us=int(cpu[0]) // 1000 if cpu else 0,
             peak_bytes=int(peak),
         )
 
-    def restart_peak(self) -> None:
+    def restart_peak(self) -> bool:
         self._counting[2].write(b"0")
+        return True
 
     def share_cpu(self, weight: int, quota: float | None) -> None:
         self._write("cpu", "cpu.shares", max(2, weight * _DEFAULT_SHARES // 100))
@@ -105,6 +106,11 @@ class GroupV1(Group):
         self._write("memory", "memory.limit_in_bytes", size_bytes)
         if not is_raise:
             forbid_swap(swap, size_bytes)
+
+    def _freeze(self, state: str) -> None:
+        # Of a dead supervisor's groups not every hierarchy may be ours to see.
+        if "freezer" in self._directories:
+            self._write("freezer", "freezer.state", state)
 
     def _write(self, controller: str, name: str, value: int | str) -> None:
         write_value(f"{self._directories[controller]}/{name}", value)

@@ -1,9 +1,12 @@
-"""Cgroups version 2: one directory, and no process in a group that has groups with limits inside."""
+"""Cgroups version 2: one directory, and no process in one that has groups with limits inside."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
+from collections.abc import Iterable, Mapping
 
 from atp_sandbox.jails.cgroup_group import (
     CgroupError,
@@ -12,7 +15,6 @@ from atp_sandbox.jails.cgroup_group import (
     KernelFile,
     field_of,
     forbid_swap,
-    kill_listed,
     read_value,
     write_value,
 )
@@ -22,36 +24,21 @@ OPTIONAL = ("cpu",)
 SUPERVISOR = "supervisor"
 """The leaf that we move ourselves to, so that the group above may have limits put on its groups."""
 _CPU_PERIOD_US = 100_000
-_KILL_ROUNDS = 100
 
 
 class GroupV2(Group):
     """See `Group`."""
 
-    def __init__(self, directories: dict[str, str]) -> None:
+    def __init__(self, directories: Mapping[str, str]) -> None:
         super().__init__(directories)
         self._path = self._distinct[0]
-        self._can_restart_peak = True
+        self._can_restart_peak = False
 
     def delegate(self) -> None:
         enable_controllers(self._path, self._directories)
 
     def kill(self) -> None:
-        whole = f"{self._path}/cgroup.kill"
-        if os.path.exists(whole):  # Linux 5.14
-            write_value(whole, 1)
-            return
-        killed: set[int] = set()
-        write_value(f"{self._path}/cgroup.freeze", 1)
-        try:
-            # A frozen process dies of SIGKILL at once here, and what is in mid-fork is born frozen.
-            for _ in range(_KILL_ROUNDS):
-                found = kill_listed(self)
-                if found <= killed:
-                    break
-                killed |= found
-        finally:
-            write_value(f"{self._path}/cgroup.freeze", 0)
+        write_value(f"{self._path}/cgroup.kill", 1)
 
     def counters(self) -> Counters:
         memory, pids, cpu, *peak = (file.read() for file in self._counting)
@@ -63,13 +50,11 @@ class GroupV2(Group):
             peak_bytes=int(peak[0]) if peak else 0,
         )
 
-    def restart_peak(self) -> None:
-        # Linux 6.12 and later; it holds for what is read through this descriptor.
-        if self._can_restart_peak and len(self._counting) > 3:
-            try:
-                self._counting[3].write(b"0")
-            except CgroupError:
-                self._can_restart_peak = False
+    def restart_peak(self) -> bool:
+        # It holds for what is read through this descriptor.
+        if self._can_restart_peak:
+            self._counting[3].write(b"0")
+        return self._can_restart_peak
 
     def share_cpu(self, weight: int, quota: float | None) -> None:
         write_value(f"{self._path}/cpu.weight", min(10_000, max(1, weight)))
@@ -80,16 +65,19 @@ class GroupV2(Group):
         write_value(f"{self._path}/memory.oom.group", 1)
 
     def _set_up(self) -> None:
-        """A group without limits is fit as it is."""
+        kill = f"{self._path}/cgroup.kill"
+        if not os.path.exists(kill):
+            missing = FileNotFoundError(errno.ENOENT, "Linux 5.14 or later is needed")
+            raise CgroupError("use", kill, missing)
 
     def _open_counters(self) -> list[KernelFile]:
         names = ["memory.events", "pids.events", "cpu.stat"]
         files = [KernelFile(f"{self._path}/{name}") for name in names]
         peak = f"{self._path}/memory.peak"  # Linux 5.19
         if os.path.exists(peak):
-            # Opened for writing only where that means something: elsewhere its mode is 0444.
-            flags = os.O_RDWR if os.stat(peak).st_mode & 0o200 else os.O_RDONLY
-            files.append(KernelFile(peak, flags))
+            # Linux 6.12 lets it be written, and has a mode that says so.
+            self._can_restart_peak = bool(os.stat(peak).st_mode & stat.S_IWUSR)
+            files.append(KernelFile(peak, os.O_RDWR if self._can_restart_peak else os.O_RDONLY))
         return files
 
     def _write_memory(self, size_bytes: int, *, was_bytes: int) -> None:
@@ -102,13 +90,13 @@ def is_root(directory: str) -> bool:
     return not os.path.exists(f"{directory}/cgroup.type")
 
 
-def enable_controllers(directory: str, wanted: dict[str, str]) -> None:
+def enable_controllers(directory: str, wanted: Iterable[str]) -> None:
     """Let the groups inside `directory` have these controllers."""
     names = " ".join(f"+{name}" for name in wanted)
     write_value(f"{directory}/cgroup.subtree_control", names)
 
 
-def occupy(directory: str, wanted: dict[str, str]) -> None:
+def occupy(directory: str, wanted: Iterable[str]) -> None:
     """Move ourselves into a leaf of `directory`, which is ours, and enable controllers in it.
 
     CgroupError EBUSY: other processes than ours are in `directory`.
@@ -126,7 +114,7 @@ def occupy(directory: str, wanted: dict[str, str]) -> None:
     enable_controllers(directory, wanted)
 
 
-def vacate(directory: str, wanted: dict[str, str]) -> None:
+def vacate(directory: str, wanted: Iterable[str]) -> None:
     """Undo `occupy` if nobody else relies on it. Safe to call again."""
     leaf = f"{directory}/{SUPERVISOR}"
     with contextlib.suppress(CgroupError, OSError):

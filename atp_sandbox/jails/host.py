@@ -95,5 +95,6 @@ def _own_code() -> Iterator[str]:
 
 def _parent_of(package: str) -> str:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is a dependency of ours"
+    assert spec is not None, f"{package} is a dependency of ours"
+    assert spec.origin is not None, f"{package} is a package with a file"
     return str(Path(spec.origin).absolute().parent.parent)

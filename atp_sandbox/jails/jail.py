@@ -8,48 +8,28 @@ that a jail owns outside (process, descriptors, user id) is given back in `close
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from pathlib import Path
 from typing import Protocol
 
 import psutil
 
-from atp_sandbox.confinement.plan import ToolkitView, jail_plan, slot_count
+from atp_sandbox.confinement.plan import slot_count
 from atp_sandbox.jails.channel import Channel, channel_pair
-from atp_sandbox.jails.host import host_view
+from atp_sandbox.jails.launch import JailSpec, allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
 from atp_sandbox.jails.processes import ProcessHandle, read_status
-from atp_sandbox.limits import Limits
+from atp_sandbox.jails.worker import Exited, Worker
 from atp_sandbox.loop import READ, Loop, Timer
 from workers import frames
 
-_BOOT = Path(frames.__file__).parent / "boot.py"
 _SETUP_S = 20.0
 """From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
-_FIRST_ID = 1_879_048_192
-"""First of the user ids that systemd's table of ranges leaves unused ("Users, Groups, UIDs")."""
-_ID_COUNT = 2**27
 _FRAME_OVERHEAD_BYTES = 4_096
 """What an answer's frame holds beside the result."""
-_used_ids: set[int] = set()
-
-
-@dataclass(frozen=True, slots=True)
-class JailSpec:
-    """What to launch."""
-
-    toolkit: ToolkitView
-    limits: Limits
-    calls_per_worker: int
-    mountpoint: Path
-    """An empty directory of the supervisor; every jail mounts on it in a namespace of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,41 +57,6 @@ class JailListener(Protocol):
     def worker_exited(self, jail: Jail, number: int, exited: Exited) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """How a process ended, from the one who reaped it. `status` as of waitpid(2)."""
-
-    status: int
-    cpu_s: float
-    peak_bytes: int
-    scratch_was_full: bool = False
-    """Known only of a process that ended without an answer."""
-
-
-class _Worker:
-    """Our side of one worker process; owns its channel, output pipe and handle."""
-
-    def __init__(self, number: int, slot: int, output: OutputPipe, *, is_zygote: bool) -> None:
-        self.number = number
-        self.slot = slot
-        self.is_zygote = is_zygote
-        self.output = output
-        self.channel: Channel | None = None
-        self.handle: ProcessHandle | None = None
-        self.inner_pid = 0
-        self.memory: psutil.Process | None = None
-        self.exited: Exited | None = None
-        self.owes_answer = False
-        self.on_measured: list[Callable[[bool], None]] = []
-
-    def close(self) -> None:
-        self.output.close()
-        if self.channel is not None:
-            self.channel.close()
-        if self.handle is not None:
-            self.handle.close()
-
-
 class Phase(Enum):
     """How far a jail has come; what its zygote may say depends on it."""
 
@@ -136,8 +81,8 @@ class Jail:
         self._loop = loop
         self._spec = spec
         self._listener = listener
-        self._workers: dict[int, _Worker] = {}
-        self._by_inner_pid: dict[int, _Worker] = {}
+        self._workers: dict[int, Worker] = {}
+        self._by_inner_pid: dict[int, Worker] = {}
         self._fresh_slots: list[int] = []
         self._waiting_for_slot: list[tuple[str, int]] = []
         self._strays: set[int] = set()
@@ -151,7 +96,7 @@ class Jail:
         self._phase = Phase.SETTING_UP
         self._is_closed = False
         self.output = OutputPipe(loop)
-        self._outside_id = _allocate_id() if os.geteuid() == 0 else None
+        self._outside_id = allocate_id()
         self._launch()
 
     # -- for the owner -----------------------------------------------------------------------------
@@ -251,55 +196,23 @@ class Jail:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._warden_pid, 0)
             self._warden_handle.close()
-        if self._outside_id is not None:
-            _used_ids.discard(self._outside_id)
+        release_id(self._outside_id)
 
     # -- set-up ------------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        spec = self._spec
-        warden_ours, warden_theirs = channel_pair()
-        zygote_ours, zygote_theirs = channel_pair()
-        plan = jail_plan(
-            host_view(),
-            spec.toolkit,
-            spec.limits,
-            outside_id=self._outside_id,
-            mountpoint=str(spec.mountpoint),
-            calls_per_worker=spec.calls_per_worker,
-        )
-        plan["warden_fd"] = warden_theirs.fileno()
-        plan["zygote_fd"] = zygote_theirs.fileno()
-        plan["output_fd"] = self.output.writer
-        plan_fd = os.memfd_create("plan")
-        with os.fdopen(os.dup(plan_fd), "w", encoding="utf-8") as file:
-            json.dump(plan, file)
-        os.lseek(plan_fd, 0, os.SEEK_SET)
-        inherited = (plan_fd, warden_theirs.fileno(), zygote_theirs.fileno(), self.output.writer)
-        self._builder = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(_BOOT), str(plan_fd)],
-            pass_fds=inherited,
-            env={},
-            stdin=subprocess.DEVNULL,
-            stdout=self.output.writer,
-            stderr=self.output.writer,
-            start_new_session=True,
-            cwd="/",
-        )
-        for fd in (plan_fd, self.output.writer):
-            os.close(fd)
-        warden_theirs.close()
-        zygote_theirs.close()
+        launched = launch(self._spec, outside_id=self._outside_id, output_writer=self.output.writer)
+        self._builder = launched.builder
         self._warden_channel = Channel(
             self._loop,
-            warden_ours,
+            launched.warden,
             frames.Decoder(frames.FROM_WARDEN, frames.MAX_CONTROL_BYTES),
             self._on_warden,
             self._on_warden_closed,
         )
         self._zygote_channel = Channel(
             self._loop,
-            zygote_ours,
+            launched.zygote,
             frames.Decoder(frames.FROM_ZYGOTE, frames.MAX_DISCOVERED_BYTES),
             self._on_zygote,
             self._on_zygote_closed,
@@ -404,7 +317,7 @@ class Jail:
                     self._finish_worker(worker, exited)
                     return
 
-    def _finish_worker(self, worker: _Worker, exited: Exited) -> None:
+    def _finish_worker(self, worker: Worker, exited: Exited) -> None:
         if worker.channel is not None:
             worker.channel.read_now()
         if self._is_closed or worker.exited is not None:
@@ -416,7 +329,7 @@ class Jail:
             self._forget(worker, exited)
         # Otherwise how full its scratch was is evidence, and comes with the fresh slot.
 
-    def _forget(self, worker: _Worker, exited: Exited) -> None:
+    def _forget(self, worker: Worker, exited: Exited) -> None:
         if self._is_closed:
             return
         self._listener.worker_exited(self, worker.number, exited)
@@ -478,7 +391,7 @@ class Jail:
 
     def _start(self, how: str, number: int, slot: int) -> None:
         ours, theirs = channel_pair()
-        worker = _Worker(number, slot, OutputPipe(self._loop), is_zygote=how == "become")
+        worker = Worker(number, slot, OutputPipe(self._loop), is_zygote=how == "become")
         self._workers[number] = worker
         limit = self._spec.limits.output_bytes + _FRAME_OVERHEAD_BYTES
         worker.channel = Channel(
@@ -492,7 +405,7 @@ class Jail:
             frames.encode(how, number, slot), (theirs.detach(), worker.output.writer)
         )
 
-    def _on_worker(self, worker: _Worker, message: frames.Message, sender: int) -> None:
+    def _on_worker(self, worker: Worker, message: frames.Message, sender: int) -> None:
         if message[0] == "answer" and worker.inner_pid:
             _, call_id, kind, body = message
             worker.owes_answer = False
@@ -503,7 +416,7 @@ class Jail:
             error = frames.FrameError(f"{message[0]} out of turn")
             self._listener.worker_broke_rules(self, worker.number, error)
 
-    def _identify(self, worker: _Worker, pid: int) -> None:
+    def _identify(self, worker: Worker, pid: int) -> None:
         """Open a handle on the process that spoke, and make sure that it is one of this jail's."""
         assert worker.channel is not None
         try:
@@ -530,7 +443,7 @@ class Jail:
         self._listener.worker_ready(self, worker.number)
         self._kill_strays()
 
-    def _on_worker_closed(self, worker: _Worker, error: frames.FrameError | None) -> None:
+    def _on_worker_closed(self, worker: Worker, error: frames.FrameError | None) -> None:
         if error is not None:
             self._listener.worker_broke_rules(self, worker.number, error)
         else:
@@ -560,12 +473,3 @@ def _describe_exit(who: str, status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"{who} was ended by signal {os.WTERMSIG(status)}"
     return f"{who} ended with exit status {os.WEXITSTATUS(status)}"
-
-
-def _allocate_id() -> int:
-    """A user id that no other jail of ours has: per-user kernel counters are then not shared."""
-    while True:
-        candidate = _FIRST_ID + secrets.randbelow(_ID_COUNT)
-        if candidate not in _used_ids:
-            _used_ids.add(candidate)
-            return candidate

@@ -155,6 +155,16 @@ class Connection:
     close_code: int | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def mute(self, is_mute: bool) -> None:
+        """Stop reading, down to the kernel's buffers, and answering; or go on."""
+        self.is_mute = is_mute
+        with contextlib.suppress(RuntimeError):
+            if is_mute:
+                self.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            else:
+                self.writer.transport.resume_reading()  # type: ignore[attr-defined]
+                self.wake.set()
+
     def send(self, opcode: int, payload: bytes, *, first: int | None = None) -> None:
         """One frame; `first` replaces the first byte (FIN, reserved bits, opcode)."""
         if not self.is_open:
@@ -262,6 +272,26 @@ class Backend:
 
     def replies_to(self, request_id: Any) -> list[Reply]:
         return self.replies.get(json.dumps(request_id), [])
+
+    def lose_link(self, code: int | None = None) -> None:
+        """End the newest link: with a close frame, or without a word."""
+
+        def lose() -> None:
+            link = self.link
+            if link is None:
+                return
+            if code is not None:
+                link.send(CLOSE, struct.pack(">H", code))
+            else:
+                link.writer.transport.abort()
+            link.is_open = False
+
+        self.in_loop(lose)
+
+    def mute(self, is_mute: bool) -> None:
+        link = self.link
+        if link is not None:
+            self.in_loop(lambda: link.mute(is_mute))
 
     def wait_reply(self, request_id: Any, timeout_s: float) -> Reply | None:
         """The first answer to that id."""

@@ -42,6 +42,8 @@ GONE_S = 1.0
 NEXT_CALL_S = 1.0
 LATE_S = 2.0
 START_S = 60.0
+MAX_SURPLUS = 8
+"""Workers of one toolkit that a burst can leave waiting: its concurrency, and some."""
 MAX_LOG_LINE_CHARS = 512 * 1024
 """64 KiB of output, each byte of which may become a six-character escape, and its fields."""
 
@@ -789,6 +791,7 @@ class Watch:
     def _rest(self) -> None:
         """O6 and O7: back to what it was, in the time that is allowed for it."""
         session, serve = self.session, self.session.supervisor
+        inert, used = _inert_tool(self.case.file), 0
         deadline = time.monotonic() + GONE_S
         while True:
             found = serve.jail_processes()
@@ -802,6 +805,10 @@ class Watch:
             )
             if is_at_rest or time.monotonic() > deadline:
                 break
+            if len(found) > session.resting_processes and inert is not None and used < MAX_SURPLUS:
+                # After a burst more workers than usual wait, fresh; a call takes one of them away.
+                session.call(inert, {"arm": "not armed"}, "B")
+                used += 1
             time.sleep(0.01)
         extra = len(found) - session.resting_processes
         if extra > 0 or odd:

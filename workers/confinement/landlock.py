@@ -5,27 +5,27 @@ all: nothing outside scratch can be written. The *worker layer* is entered by ea
 scratch, only its own slot. A process under one worker layer can neither trace nor, from ABI 6 on,
 signal or reach by an abstract socket a process under another.
 
-A rule set is made, filled, entered and closed within one call here, and never handed on: a rule
-added to an inherited rule set would reach every sibling that enters it later. Once entered, a layer
-is a copy that nothing can widen.
+A rule set is made, filled, entered and closed within one call here and never handed on: a rule added
+to an inherited rule set reaches every sibling that enters it later. Once entered, a layer is a copy
+that nothing can widen.
 
 What no ABI covers, even for a path without any right: stat, access, chdir, readlink, chmod, chown,
-utimes, the setxattr family, statfs, inotify_add_watch and open with O_PATH. A slot has to be out of
-reach by other means, or its name unknown. Nor covered: mmap of an open file, memfd_create and exec
-of it, UDP, listen() without bind(), and, before ABI 9, connect() to a named unix socket.
+utimes, the xattr calls, statfs, inotify_add_watch and open with O_PATH. A slot has to be out of reach
+by other means, or its name unknown. Nor covered: what is reached through an open descriptor, exec of
+a memfd, UDP, listen() without bind() and, before ABI 9, connect() to a named unix socket.
 
 Documentation/userspace-api/landlock.rst, landlock(7), include/uapi/linux/landlock.h.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
+import socket
 import stat
-from collections.abc import Sequence
-from typing import NamedTuple
+import struct
+from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
 
 from . import syscalls
 
@@ -33,35 +33,32 @@ EXECUTE = 1 << 0
 WRITE_FILE = 1 << 1
 READ_FILE = 1 << 2
 READ_DIR = 1 << 3
-REMOVE_DIR = 1 << 4
-REMOVE_FILE = 1 << 5
 MAKE_CHAR = 1 << 6
-MAKE_DIR = 1 << 7
-MAKE_REG = 1 << 8
-MAKE_SOCK = 1 << 9
-MAKE_FIFO = 1 << 10
 MAKE_BLOCK = 1 << 11
-MAKE_SYM = 1 << 12
-REFER = 1 << 13  # ABI 2
-TRUNCATE = 1 << 14  # ABI 3
-IOCTL_DEV = 1 << 15  # ABI 5
-RESOLVE_UNIX = 1 << 16  # ABI 9
-BIND_TCP = 1 << 0  # ABI 4
-SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0  # ABI 6
-SCOPE_SIGNAL = 1 << 1  # ABI 6
-LOG_SAME_EXEC_OFF = 1 << 0  # ABI 7
-LOG_SUBDOMAINS_OFF = 1 << 2  # ABI 7
+REFER = 1 << 13
+TRUNCATE = 1 << 14
+IOCTL_DEV = 1 << 15
+RESOLVE_UNIX = 1 << 16
+BIND_TCP = 1 << 0
+SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0
+SCOPE_SIGNAL = 1 << 1
+LOG_SAME_EXEC_OFF = 1 << 0
+LOG_SUBDOMAINS_OFF = 1 << 2
 
 NEWEST_ABI = 9
-"""The newest one that this module knows; a newer kernel is used as this one."""
+"""The newest that this module knows; a newer kernel is used as if it were this one."""
 
-_FS_ABI_1 = (1 << 13) - 1
+_FS_OF_ABI_1 = (1 << 13) - 1
+_FS_SINCE = ((REFER, 2), (TRUNCATE, 3), (IOCTL_DEV, 5), (RESOLVE_UNIX, 9))
 _OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV | RESOLVE_UNIX
-"""What a rule on something that is not a directory may name; EINVAL otherwise."""
+"""What a rule on anything but a directory may name; EINVAL otherwise."""
 _NEVER_IN_SCRATCH = EXECUTE | MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_DEVICES = ("null", "zero", "full", "random", "urandom")
 _FIRST_DESCRIPTOR = 210
-"""High, so that code which closes or reuses the low descriptors does not meet ours."""
+"""High, so that code which closes all low descriptors does not meet ours."""
+_PROBE_NAME = "landlock-probe"
+
+_entered_base = False
 
 
 class Support(NamedTuple):
@@ -70,41 +67,41 @@ class Support(NamedTuple):
     abi: int
     """0 where there is none."""
     reason: str
-    """ENOSYS (not built in), EOPNOTSUPP (not enabled at boot) or another errno; empty if there."""
+    """ENOSYS (not built in), EOPNOTSUPP (not enabled at boot), another errno; empty if there."""
 
 
 class Rights(NamedTuple):
     """The access rights of one ABI, sorted by what they are granted for."""
 
     handled_fs: int
-    """Everything the ABI knows: what no rule grants is refused."""
+    """All that the ABI knows: what no rule grants is refused."""
     handled_net: int
     scoped: int
     flags: int
-    """For landlock_restrict_self(2)."""
-    execute: int
-    """Beneath read-only code and data."""
-    read: int
-    """Beneath what is to be looked at but not run."""
+    """Those of landlock_restrict_self(2)."""
+    code: int
+    """Beneath what is to be read and run."""
+    data: int
+    """Beneath what is to be read and not run."""
     device: int
     """On a device file: no device ioctl."""
     scratch: int
-    """Beneath a scratch directory: everything but device nodes, device ioctls and exec."""
+    """Beneath a scratch directory: all but device nodes, device ioctls and exec."""
 
 
 class Tree(NamedTuple):
-    """The file system that the layers speak of: existing absolute paths, none beneath `scratch`."""
+    """The file system that both layers speak of: existing absolute paths."""
 
-    code: tuple[str, ...]
-    """Files and directories to read and to execute."""
-    data: tuple[str, ...]
-    """Files and directories to read only."""
-    devices: tuple[str, ...]
+    code: Tuple[str, ...]
+    """Files and directories to read and run; neither above nor beneath `scratch`."""
+    data: Tuple[str, ...]
+    """Files and directories to read; neither above nor beneath `scratch`."""
+    devices: Tuple[str, ...]
     """Device files to read and write."""
     scratch: str
     """The directory of all slots."""
-    import_scratch: str | None
-    """The slot that the import wrote to; workers may read it."""
+    import_scratch: Optional[str]
+    """The slot that the import wrote to, which workers read."""
 
 
 def probe() -> Support:
@@ -121,9 +118,9 @@ def abi() -> int:
 
 
 def rights_for(abi: int) -> Rights:
-    """PURE: what to handle and to grant at `abi` (1 or more), as far as this module knows it."""
-    handled = _FS_ABI_1
-    for right, since in ((REFER, 2), (TRUNCATE, 3), (IOCTL_DEV, 5), (RESOLVE_UNIX, 9)):
+    """PURE: what to handle and what to grant at `abi`, which is 1 or more."""
+    handled = _FS_OF_ABI_1
+    for right, since in _FS_SINCE:
         if abi >= since:
             handled |= right
     return Rights(
@@ -132,127 +129,225 @@ def rights_for(abi: int) -> Rights:
         scoped=SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if abi >= 6 else 0,
         # A tool that is refused a million times shall not fill the machine's audit log.
         flags=LOG_SAME_EXEC_OFF | LOG_SUBDOMAINS_OFF if abi >= 7 else 0,
-        execute=EXECUTE | READ_FILE | READ_DIR,
-        read=READ_FILE | READ_DIR,
+        code=EXECUTE | READ_FILE | READ_DIR,
+        data=READ_FILE | READ_DIR,
         device=READ_FILE | WRITE_FILE,
         scratch=handled & ~_NEVER_IN_SCRATCH,
     )
 
 
 def jail_tree(root: str = "/") -> Tree:
-    """The tree of a jail made by `root`: all of its top level is code but /proc and /scratch.
+    """The tree of the jail at `root`: its whole top level is code, but for /proc and /scratch.
 
-    Links are left out, since what they lead to stands in the top level itself. No rule is on the root
-    itself, because it would hold for every slot as well: nobody in a jail can list `/`.
+    Links are left out, as what they lead to stands in the top level itself. No rule is on the root,
+    because it would hold for every slot as well: nobody under these layers can list `/`.
     """
     with os.scandir(root) as entries:
-        code = sorted(
+        code = [
             entry.path
             for entry in entries
             if not entry.is_symlink() and entry.name not in ("proc", "scratch")
-        )
+        ]
     scratch = os.path.join(root, "scratch")
     return Tree(
-        code=tuple(code),
+        code=tuple(sorted(code)),
         data=(os.path.join(root, "proc"),),
-        devices=tuple(os.path.join(root, device[1:]) for device in _DEVICES),
+        devices=tuple(os.path.join(root, "dev", name) for name in _DEVICES),
         scratch=scratch,
         import_scratch=os.path.join(scratch, "0"),
     )
 
 
 def enter_base(tree: Tree, abi: int) -> None:
-    """Confine this process and all that come of it to `tree`; needs no_new_privs.
+    """Confine this process and all that come of it to `tree`. Needs no_new_privs.
 
-    Only the calling thread is confined, so there must be no other: RuntimeError. OSError names the
-    call; the process is then not confined and must not go on.
+    Once a process only, and before there is a second thread, which would not be confined:
+    RuntimeError. OSError names the call; the process is then not confined and must end.
     """
+    global _entered_base
+    if _entered_base:
+        raise RuntimeError("the base layer was entered already")
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("the base layer must be entered before there is a second thread")
     rights = rights_for(abi)
-    with contextlib.ExitStack() as stack:
-        rules = [
-            (_open_path(stack, path), access) for path, access in _shared_rules(tree, rights)
-        ]
-        rules.append((_open_path(stack, tree.scratch), rights.scratch))
-        _restrict(rules, rights)
+    rules = [*_shared_rules(tree, rights), (tree.scratch, rights.scratch)]
+    descriptors: List[int] = []
+    try:
+        packed = _open_rules(rules, descriptors)
+        _restrict(_pack_handled(rights), packed, rights.flags)
+    finally:
+        _close(descriptors)
+    _entered_base = True
 
 
 class WorkerLayer:
-    """The layer of a worker, prepared once in the zygote, entered once by each worker.
+    """The layer of a worker: prepared once, in the zygote; entered once, by each worker.
 
-    Holds one O_PATH descriptor a rule, so that a worker resolves only its own slot. Owned by the
-    zygote; inherited over fork, and closed in a worker by `enter`.
+    Holds one O_PATH descriptor a rule, so that a worker resolves nothing but its own slot. The
+    zygote owns it; a worker closes its copies as it enters.
     """
 
     def __init__(self, tree: Tree, abi: int) -> None:
         self._rights = rights_for(abi)
-        self._rules: list[tuple[int, int]] = []
-        shared = list(_shared_rules(tree, self._rights))
+        self._handled = _pack_handled(self._rights)
+        rules = _shared_rules(tree, self._rights)
         if tree.import_scratch is not None:
-            shared.append((tree.import_scratch, self._rights.read))
+            rules.append((tree.import_scratch, self._rights.data))
+        self._descriptors: List[int] = []
         try:
-            for path, access in shared:
-                with contextlib.ExitStack() as stack:
-                    low = _open_path(stack, path)
-                    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
-                    self._rules.append((high, _fitting(low, access)))
+            self._rules = _open_rules(rules, self._descriptors)
         except OSError:
             self.close()
             raise
 
     def enter(self, slot_path: str) -> None:
-        """Confine this process to reading, and to `slot_path` for everything else.
+        """Confine this process to reading the tree, and to `slot_path` for all else.
 
-        `slot_path` is resolved now, without following a link: a slot that is mounted anew is another
-        directory, and rules are of directories, not of names. Only for a process with one thread.
-        OSError names the call; this process is then not confined and must end.
+        The slot is looked up now, through no link in its last part: rules are of directories, not of
+        names, and a slot that was mounted anew is another directory. Only for a process with one
+        thread. OSError names the call; this process is then not confined and must end.
         """
         flags = os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
         slot_fd = os.open(slot_path, flags)
         try:
-            _restrict([*self._rules, (slot_fd, self._rights.scratch)], self._rights, fitted=True)
+            own = _pack_rule(slot_fd, self._rights.scratch)
+            _restrict(self._handled, [*self._rules, own], self._rights.flags)
         finally:
             os.close(slot_fd)
             self.close()
 
     def close(self) -> None:
-        """Safe to call twice."""
-        rules, self._rules = self._rules, []
-        for fd, _access in rules:
-            with contextlib.suppress(OSError):  # foreign code may have closed "all" descriptors
-                os.close(fd)
+        """Give up the descriptors; safe to call twice."""
+        _close(self._descriptors)
+        self._descriptors = []
 
 
-def _shared_rules(tree: Tree, rights: Rights) -> list[tuple[str, int]]:
+def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int) -> List[str]:
+    """What of a worker's confinement does not hold, found by trying; empty if all does.
+
+    To be run by a process that entered both layers and whose parent did not enter the worker's. Both
+    slots and the directory `readable`, which is part of the tree, exist.
+    """
+    other, own = (os.path.join(p, _PROBE_NAME) for p in (other_slot_path, slot_path))
+    found = []
+    for claim, action in (
+        ("other slots cannot be listed", lambda: os.listdir(other_slot_path)),
+        ("other slots cannot be written", lambda: _make_and_remove(other)),
+        ("slots cannot be listed", lambda: os.listdir(os.path.dirname(slot_path))),
+        (
+            "nothing else can be written",
+            lambda: _make_and_remove(os.path.join(readable, _PROBE_NAME)),
+        ),
+        ("no device node can be made", lambda: os.mknod(own, stat.S_IFCHR, os.makedev(1, 3))),
+        ("no TCP port can be bound", _bind_tcp if abi >= 4 else None),
+        ("no other process can be signalled", _signal_parent if abi >= 6 else None),
+    ):
+        if action is not None and not _is_refused(action):
+            found.append(claim)
+    for claim, action in (
+        ("the own slot can be written", lambda: _make_and_remove(own)),
+        ("the rest can be read", lambda: os.listdir(readable)),
+    ):
+        if _is_refused(action):
+            found.append(claim)
+    return found
+
+
+def verify_layer(
+    layer: WorkerLayer, slot_path: str, other_slot_path: str, readable: str, abi: int
+) -> List[str]:
+    """`verify_worker` in a child of its own that is gone afterwards; for the zygote at the barrier.
+
+    OSError if the child could not be made; a child that fails is reported as a claim that does not
+    hold. This process must have no other child.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            layer.enter(slot_path)
+            found = verify_worker(slot_path, other_slot_path, readable, abi)
+        except BaseException as error:  # the child's outer door
+            found = [f"the layer can be entered: {type(error).__name__}: {error}"]
+        os.write(writer, "\n".join([*found, "done"]).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8", errors="replace") as file:
+        told = file.read().split("\n")
+    os.waitpid(pid, 0)
+    return told[:-1] if told[-1] == "done" else ["the layer can be entered: the child died"]
+
+
+def _is_refused(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except OSError as error:
+        # A file system that is read-only refuses before Landlock is asked.
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return False
+
+
+def _make_and_remove(path: str) -> None:
+    os.mkdir(path, 0o700)
+    os.rmdir(path)
+
+
+def _bind_tcp() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+
+
+def _signal_parent() -> None:
+    os.kill(os.getppid(), 0)
+
+
+def _shared_rules(tree: Tree, rights: Rights) -> List[Tuple[str, int]]:
     return [
-        *((path, rights.execute) for path in tree.code),
-        *((path, rights.read) for path in tree.data),
+        *((path, rights.code) for path in tree.code),
+        *((path, rights.data) for path in tree.data),
         *((path, rights.device) for path in tree.devices),
     ]
 
 
-def _open_path(stack: contextlib.ExitStack, path: str) -> int:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    stack.callback(os.close, fd)
-    return fd
+def _open_rules(rules: Iterable[Tuple[str, int]], descriptors: List[int]) -> List[bytes]:
+    """The packed rules; what was opened for them is in `descriptors`, also after OSError."""
+    packed = []
+    for path, access in rules:
+        low = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISDIR(os.fstat(low).st_mode):
+                access &= _OF_FILES
+            fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+        finally:
+            os.close(low)
+        descriptors.append(fd)
+        packed.append(_pack_rule(fd, access))
+    return packed
 
 
-def _fitting(fd: int, access: int) -> int:
-    return access if stat.S_ISDIR(os.fstat(fd).st_mode) else access & _OF_FILES
+def _close(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        try:
+            os.close(fd)
+        except OSError:  # foreign code may have closed "all" of them
+            continue
 
 
-def _restrict(
-    rules: Sequence[tuple[int, int]], rights: Rights, *, fitted: bool = False
-) -> None:
-    ruleset = syscalls.landlock_create_ruleset(
-        rights.handled_fs, rights.handled_net, rights.scoped
-    )
+def _pack_handled(rights: Rights) -> bytes:
+    """`struct landlock_ruleset_attr`."""
+    return struct.pack("=QQQ", rights.handled_fs, rights.handled_net, rights.scoped)
+
+
+def _pack_rule(fd: int, access: int) -> bytes:
+    """`struct landlock_path_beneath_attr`."""
+    return struct.pack("=Qi", access, fd)
+
+
+def _restrict(handled: bytes, rules: Iterable[bytes], flags: int) -> None:
+    ruleset = syscalls.landlock_create_ruleset(handled)
     try:
-        for fd, access in rules:
-            syscalls.landlock_allow_beneath(
-                ruleset, fd, access if fitted else _fitting(fd, access)
-            )
-        syscalls.landlock_restrict_self(ruleset, rights.flags)
+        for rule in rules:
+            syscalls.landlock_add_rule(ruleset, rule)
+        syscalls.landlock_restrict_self(ruleset, flags)
     finally:
         os.close(ruleset)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from . import syscalls
-from .seccomp_rules import ALLOW, KILL_PROCESS, OWN_PID, Arg, Group, Profile
+from .seccomp_rules import KILL_PROCESS, LOW_HALF, OWN_PID, Arg, Group, Profile
 from .syscall_numbers import NUMBERS
 
 _LOAD, _AND, _JUMP, _RETURN = 0x20, 0x54, 0x05, 0x06  # ld abs word, and, ja, ret: constants
@@ -57,7 +57,7 @@ def install(program: bytes) -> None:
 
 
 def verify(profile: Profile, filters: int) -> None:
-    """See that this process has at least `filters` filters and that `profile` answers; else OSError.
+    """See that at least `filters` filters are on this process, `profile` the last; else OSError.
 
     Linux before 5.10 does not tell the number of filters; there the answers must do.
     """
@@ -75,10 +75,9 @@ def verify_answers(profile: Profile) -> None:
         number = NUMBERS[syscalls.MACHINE][call]
         got = syscalls.errno_of(number, *arguments)
         if got != expected:
-            names = (errno.errorcode.get(n, "success") for n in (got, expected))
-            raise OSError(
-                errno.EPROTO, "seccomp: {} gives {}, not {}".format(call, *names) + f" ({profile.name})"
-            )
+            found, wanted = (errno.errorcode.get(n, "success") for n in (got, expected))
+            text = f"seccomp: {profile.name} answers {call} with {found}, not {wanted}"
+            raise OSError(errno.EPROTO, text)
 
 
 class _Assembler:
@@ -90,6 +89,7 @@ class _Assembler:
     def __init__(self) -> None:
         self._reversed: list[tuple[int, int, int, int]] = []
         self._known: dict[tuple[int, int, int, int], int] = {}
+        self._near: dict[int, int] = {}
 
     def do(self, action: int) -> int:
         """Return from the program with `action`."""
@@ -135,11 +135,15 @@ class _Assembler:
             self._reversed.append((_JUMP, 0, 0, self._distance(place)))
 
     def _bring_near(self, place: int, to_come: int) -> int:
-        """`place`, or a jump to it if the `to_come` jumps made after this leave it out of reach."""
-        if self._distance(place) + to_come > _FARTHEST:
-            self._reversed.append((_JUMP, 0, 0, self._distance(place)))
-            return len(self._reversed) - 1
-        return place
+        """A place as good as `place` that `to_come` more instructions do not bring out of reach."""
+        near = self._near.get(place, place)
+        if self._distance(near) + to_come > _FARTHEST:
+            row = self._reversed[place]
+            # A return is as short as a jump to it.
+            row = row if row[0] == _RETURN else (_JUMP, 0, 0, self._distance(place))
+            near = self._near[place] = len(self._reversed)
+            self._reversed.append(row)
+        return near
 
 
 def _ranges(code: _Assembler, profile: Profile, machine: str) -> list[tuple[int, int]]:
@@ -183,16 +187,13 @@ def _group_code(code: _Assembler, group: Group) -> int:
 
 def _tests_code(code: _Assembler, tests: Iterable[Arg], yes: int, no: int) -> int:
     for test in reversed(tuple(tests)):
-        low = _ARGUMENTS + 8 * test.index  # both machines are little-endian
+        low = _ARGUMENTS + 8 * test.position  # both machines are little-endian
         place = no
         for value in reversed(test.values):
             place = code.branch(_IF_AT_LEAST if test.least else _IF_EQUAL, value, yes, place)
-        if test.mask != 0xFFFFFFFF:
+        if test.mask != LOW_HALF:
             place = code.mask(test.mask, place)
         yes = code.load(low, place)
         if test.whole:
             yes = code.load(low + 4, code.branch(_IF_EQUAL, 0, yes, no))
     return yes
-
-
-assert ALLOW  # re-exported

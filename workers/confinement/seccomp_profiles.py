@@ -39,8 +39,8 @@ _PLAIN = (
     Group(
         "descriptors",
         "Reading, writing and waiting on what is already open.",
-        "read write pread64 pwrite64 readv writev preadv pwritev preadv2 pwritev2 close close_range "
-        "dup dup2 dup3 lseek pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 "
+        "read write pread64 pwrite64 readv writev preadv pwritev preadv2 pwritev2 close "
+        "close_range dup dup2 dup3 lseek pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 "
         "epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd signalfd4 "
         "timerfd_create timerfd_settime timerfd_gettime sendfile copy_file_range",
     ),
@@ -50,9 +50,9 @@ _PLAIN = (
         "open openat openat2 creat stat fstat lstat newfstatat statx statfs fstatfs access "
         "faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir fchdir umask "
         "mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink "
-        "symlinkat truncate ftruncate fallocate chmod fchmod fchmodat fchmodat2 chown fchown lchown "
-        "fchownat utime utimes futimesat utimensat flock fsync fdatasync sync_file_range fadvise64 "
-        "readahead getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr",
+        "symlinkat truncate ftruncate fallocate chmod fchmod fchmodat fchmodat2 chown fchown "
+        "lchown fchownat utime utimes futimesat utimensat flock fsync fdatasync sync_file_range "
+        "fadvise64 readahead getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr",
     ),
     Group(
         "file watches",
@@ -550,4 +550,6 @@ def without_sockets(base: Profile) -> Profile:
     groups = tuple(group for group in base.groups if group.calls != "socket")
     probes = tuple(probe for probe in base.probes if probe.call != "socket")
     probe = Probe("socket", (1, 1, 0), errno.EACCES)
-    return Profile(base.name + " without sockets", (*groups, closed), base.unlisted, (*probes, probe))
+    return Profile(
+        base.name + " without sockets", (*groups, closed), base.unlisted, (*probes, probe)
+    )

@@ -29,28 +29,28 @@ ENOSYS = fails_with(errno.ENOSYS)
 
 
 class Arg(NamedTuple):
-    """A test of argument `index`: its lower 32 bits under `mask` are one of `values`.
+    """A test of the argument at `position` (from 0): its lower 32 bits under `mask` are one of `values`.
 
     Most arguments are C ints, of which the kernel drops the upper half itself: comparing that half
     too would let `value | 1 << 32` slip past (CVE-2019-10063). `whole` is for longs and pointers:
     the upper half must be zero. `least` asks for at least the one value instead.
     """
 
-    index: int
+    position: int
     values: tuple[int, ...]
     mask: int = LOW_HALF
     whole: bool = False
     least: bool = False
 
 
-def equals(index: int, *values: int, mask: int = LOW_HALF, whole: bool = False) -> Arg:
-    """Argument `index`, an int (a long if `whole`), under `mask`, is one of `values`."""
-    return Arg(index, tuple(v & LOW_HALF for v in values), mask & LOW_HALF, whole)
+def equals(position: int, *values: int, mask: int = LOW_HALF, whole: bool = False) -> Arg:
+    """The argument at `position`, an int (a long if `whole`), under `mask`, is one of `values`."""
+    return Arg(position, tuple(v & LOW_HALF for v in values), mask & LOW_HALF, whole)
 
 
-def at_least(index: int, value: int) -> Arg:
-    """Argument `index`, taken as unsigned int, is `value` or more."""
-    return Arg(index, (value & LOW_HALF,), least=True)
+def at_least(position: int, value: int) -> Arg:
+    """The argument at `position`, taken as unsigned int, is `value` or more."""
+    return Arg(position, (value & LOW_HALF,), least=True)
 
 
 class Case(NamedTuple):

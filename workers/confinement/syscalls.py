@@ -1,15 +1,18 @@
 """The system calls that Python does not offer. The only module of `workers` that uses ctypes.
 
 Each function raises OSError with errno and the call's name. Constants are those of the kernel's
-uapi headers; call numbers differ by machine and are listed for those we support.
+uapi headers; call numbers are in `syscall_numbers`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 from typing import Any, Optional
+
+from .syscall_numbers import NUMBERS
 
 # linux/sched.h
 CLONE_PARENT = 0x00008000
@@ -52,16 +55,6 @@ _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
 
-# The same on every machine: calls that are younger than the unified table.
-_LANDLOCK = {
-    "landlock_create_ruleset": 444,
-    "landlock_add_rule": 445,
-    "landlock_restrict_self": 446,
-}
-_NUMBERS = {
-    "x86_64": {"clone": 56, "pivot_root": 155, "mount_setattr": 442, **_LANDLOCK},
-    "aarch64": {"clone": 220, "pivot_root": 41, "mount_setattr": 442, **_LANDLOCK},
-}
 MACHINE = platform.machine()
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -75,9 +68,9 @@ _locked_syscall.restype = ctypes.c_long
 
 def _number(name: str) -> int:
     try:
-        return _NUMBERS[MACHINE][name]
+        return NUMBERS[MACHINE][name]
     except KeyError:
-        raise OSError(38, f"{name}: unknown on machine {MACHINE}") from None
+        raise OSError(errno.ENOSYS, f"{name}: unknown on machine {MACHINE}") from None
 
 
 def _check(result: int, what: str) -> int:
@@ -245,3 +238,39 @@ def landlock_restrict_self(ruleset_fd: int, flags: int) -> None:
     """landlock_restrict_self(2): of the calling thread, for good; needs no_new_privs."""
     result = _restrict_self(_number("landlock_restrict_self"), ruleset_fd, flags)
     _check(result, "landlock_restrict_self")
+
+
+SECCOMP_SET_MODE_FILTER = 1
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+
+def set_seccomp_filter(program: bytes) -> None:
+    """seccomp(2): add a packed array of `struct sock_filter` to this thread's filters, for good."""
+    fprog = _SockFprog(len(program) // 8, program)
+    result = _syscall(
+        ctypes.c_long(_number("seccomp")),
+        ctypes.c_long(SECCOMP_SET_MODE_FILTER),
+        ctypes.c_long(0),
+        ctypes.byref(fprog),
+    )
+    if result < 0:
+        number = ctypes.get_errno()
+        reasons = {
+            errno.EACCES: "no_new_privs is not set",
+            errno.EINVAL: "refused as malformed, or a kernel without CONFIG_SECCOMP_FILTER",
+            errno.ENOMEM: "too many filters",
+            errno.ENOSYS: "a kernel without seccomp, or one that a filter around us hides",
+            errno.EPERM: "forbidden by a filter around us",
+        }
+        reason = reasons.get(number, "failed")
+        raise OSError(number, f"seccomp filter: {os.strerror(number)} ({reason})")
+
+
+def errno_of(number: int, *arguments: int) -> int:
+    """The errno that system call `number` answers these plain numbers with; 0 for success."""
+    ctypes.set_errno(0)
+    result = _syscall(ctypes.c_long(number), *(ctypes.c_long(value) for value in arguments))
+    return ctypes.get_errno() if result < 0 else 0

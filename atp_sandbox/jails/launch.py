@@ -1,0 +1,97 @@
+"""Launching a jail: the plan, the channels, the first process and its unprivileged user."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from atp_sandbox.confinement.plan import ToolkitView, jail_plan
+from atp_sandbox.jails.channel import channel_pair
+from atp_sandbox.jails.host import host_view
+from atp_sandbox.limits import Limits
+from workers import frames
+
+_BOOT = Path(frames.__file__).parent / "boot.py"
+_FIRST_ID = 1_879_048_192
+"""First of the user ids that systemd's table of ranges leaves unused ("Users, Groups, UIDs")."""
+_ID_COUNT = 2**27
+_used_ids: set[int] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class JailSpec:
+    """What to launch."""
+
+    toolkit: ToolkitView
+    limits: Limits
+    calls_per_worker: int
+    mountpoint: Path
+    """An empty directory of the supervisor; every jail mounts on it in a namespace of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A jail on its way: our ends of both channels, and the process that builds it."""
+
+    builder: subprocess.Popen[bytes]
+    warden: socket.socket
+    zygote: socket.socket
+
+
+def launch(spec: JailSpec, *, outside_id: int | None, output_writer: int) -> Launched:
+    """Start building the jail; `output_writer` is closed here."""
+    warden_ours, warden_theirs = channel_pair()
+    zygote_ours, zygote_theirs = channel_pair()
+    plan = jail_plan(
+        host_view(),
+        spec.toolkit,
+        spec.limits,
+        outside_id=outside_id,
+        mountpoint=str(spec.mountpoint),
+        calls_per_worker=spec.calls_per_worker,
+    )
+    plan["warden_fd"] = warden_theirs.fileno()
+    plan["zygote_fd"] = zygote_theirs.fileno()
+    plan["output_fd"] = output_writer
+    plan_fd = os.memfd_create("plan")
+    with os.fdopen(os.dup(plan_fd), "w", encoding="utf-8") as file:
+        json.dump(plan, file)
+    os.lseek(plan_fd, 0, os.SEEK_SET)
+    builder = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", str(_BOOT), str(plan_fd)],
+        pass_fds=(plan_fd, warden_theirs.fileno(), zygote_theirs.fileno(), output_writer),
+        env={},
+        stdin=subprocess.DEVNULL,
+        stdout=output_writer,
+        stderr=output_writer,
+        start_new_session=True,
+        cwd="/",
+    )
+    os.close(plan_fd)
+    os.close(output_writer)
+    warden_theirs.close()
+    zygote_theirs.close()
+    return Launched(builder, warden_ours, zygote_ours)
+
+
+def allocate_id() -> int | None:
+    """A user id that no other jail of ours has, if we are root: its kernel counters are its own."""
+    if os.geteuid() != 0:
+        return None
+    while True:
+        candidate = _FIRST_ID + secrets.randbelow(_ID_COUNT)
+        if candidate not in _used_ids:
+            _used_ids.add(candidate)
+            return candidate
+
+
+def release_id(outside_id: int | None) -> None:
+    """Give an id back once nothing runs under it."""
+    if outside_id is not None:
+        _used_ids.discard(outside_id)
