@@ -127,9 +127,10 @@ class Loop:
     def run_once(self, longest_s: float | None = None) -> None:
         """One wait and everything that it brought."""
         for key, events in self._selector.select(self._wait_s(longest_s)):
-            # What came before it in this round may have closed it.
-            if self._watched.get(key.fd) is key.data:
-                key.data(events)
+            callback = self._watched.get(key.fd)
+            # What came before it in this round may have closed or replaced it.
+            if callback is not None and callback is key.data:
+                callback(events)
         if self._timers:
             self._run_timers()
         for _ in range(len(self._soon)):

@@ -20,6 +20,8 @@ from workers.frames import (
     ARRAY,
     BOOL,
     BYTES,
+    FROM_WORKER,
+    HEAD_BYTES,
     HEADER_BYTES,
     INT,
     MAX_VALUES,
@@ -30,6 +32,8 @@ from workers.frames import (
     FrameTooLong,
     Message,
     encode,
+    is_oversize,
+    oversize_head,
 )
 
 TABLE = {
@@ -84,7 +88,7 @@ def read(pieces: list[bytes]) -> tuple[list[Message], bool]:
         except FrameError as error:
             assert decoder.pending_bytes == 0
             return found + error.messages, True
-        assert decoder.pending_bytes <= MOST + HEADER_BYTES
+        assert decoder.pending_bytes < max(MOST, HEAD_BYTES) + HEADER_BYTES
     return found, False
 
 
@@ -185,11 +189,26 @@ def test_a_lone_surrogate_cannot_be_sent_either() -> None:
         encode("all", "\ud800")
 
 
-def test_a_frame_too_long_is_refused_by_its_header_alone() -> None:
+def test_a_frame_too_long_is_refused_by_its_head_alone() -> None:
+    head = bytes(range(HEAD_BYTES))
+    assert Decoder(TABLE, 100).feed(struct.pack(">I", 100) + head) == []
     decoder = Decoder(TABLE, 100)
-    assert decoder.feed(struct.pack(">I", 100)) == []
-    with pytest.raises(FrameTooLong):
-        Decoder(TABLE, 100).feed(struct.pack(">I", 101))
+    assert decoder.feed(struct.pack(">I", 101) + head[:-1]) == []
+    with pytest.raises(FrameTooLong) as caught:
+        decoder.feed(head[-1:])
+    assert caught.value.head == head
+
+
+def test_an_oversize_answer_is_known_by_its_head_and_by_its_call_only() -> None:
+    call_id = bytes(range(16))
+    decoder = Decoder(FROM_WORKER, 100_000)
+    with pytest.raises(FrameTooLong) as caught:
+        decoder.feed(oversize_head(call_id, 200_000))
+    assert is_oversize(caught.value.head, call_id)
+    assert not is_oversize(caught.value.head, bytes(16))
+    assert not is_oversize(bytes(HEAD_BYTES), call_id)
+    whole = encode("answer", call_id, "result", bytes(200_000))
+    assert is_oversize(whole[HEADER_BYTES : HEADER_BYTES + HEAD_BYTES], call_id)
 
 
 def test_nothing_is_read_after_a_violation_and_nothing_kept() -> None:

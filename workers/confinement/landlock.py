@@ -1,18 +1,18 @@
 """Landlock: what files, ports, signals and sockets a zygote and each of its workers can reach.
 
-Two layers. The *base layer* is entered once by the zygote, before any foreign code, and inherited by
-all: nothing outside scratch can be written. The *worker layer* is entered by each worker: of all
+Two layers. The *base layer* is entered once by the zygote, before any foreign code, and inherited
+by all: nothing outside scratch can be written. The *worker layer* is entered by each worker: of all
 scratch, only its own slot. A process under one worker layer can neither trace nor, from ABI 6 on,
 signal or reach by an abstract socket a process under another.
 
-A rule set is made, filled, entered and closed within one call here and never handed on: a rule added
-to an inherited rule set reaches every sibling that enters it later. Once entered, a layer is a copy
-that nothing can widen.
+A rule set is made, filled, entered and closed within one call here and never handed on: a rule
+added to an inherited rule set reaches every sibling that enters it later. Once entered, a layer is
+a copy that nothing can widen.
 
 What no ABI covers, even for a path without any right: stat, access, chdir, readlink, chmod, chown,
-utimes, the xattr calls, statfs, inotify_add_watch and open with O_PATH. A slot has to be out of reach
-by other means, or its name unknown. Nor covered: what is reached through an open descriptor, exec of
-a memfd, UDP, listen() without bind() and, before ABI 9, connect() to a named unix socket.
+utimes, the xattr calls, statfs, inotify_add_watch and open with O_PATH. A slot has to be out of
+reach by other means, or its name unknown. Nor covered: what is reached through an open descriptor,
+exec of a memfd, UDP, listen() without bind() and, before ABI 9, connect() to a named unix socket.
 
 Documentation/userspace-api/landlock.rst, landlock(7), include/uapi/linux/landlock.h.
 """
@@ -25,7 +25,8 @@ import os
 import socket
 import stat
 import struct
-from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from . import syscalls
 
@@ -92,15 +93,15 @@ class Rights(NamedTuple):
 class Tree(NamedTuple):
     """The file system that both layers speak of: existing absolute paths."""
 
-    code: Tuple[str, ...]
+    code: tuple[str, ...]
     """Files and directories to read and run; neither above nor beneath `scratch`."""
-    data: Tuple[str, ...]
+    data: tuple[str, ...]
     """Files and directories to read; neither above nor beneath `scratch`."""
-    devices: Tuple[str, ...]
+    devices: tuple[str, ...]
     """Device files to read and write."""
     scratch: str
     """The directory of all slots."""
-    import_scratch: Optional[str]
+    import_scratch: str | None
     """The slot that the import wrote to, which workers read."""
 
 
@@ -171,7 +172,7 @@ def enter_base(tree: Tree, abi: int) -> None:
         raise RuntimeError("the base layer must be entered before there is a second thread")
     rights = rights_for(abi)
     rules = [*_shared_rules(tree, rights), (tree.scratch, rights.scratch)]
-    descriptors: List[int] = []
+    descriptors: list[int] = []
     try:
         packed = _open_rules(rules, descriptors)
         _restrict(_pack_handled(rights), packed, rights.flags)
@@ -193,7 +194,7 @@ class WorkerLayer:
         rules = _shared_rules(tree, self._rights)
         if tree.import_scratch is not None:
             rules.append((tree.import_scratch, self._rights.data))
-        self._descriptors: List[int] = []
+        self._descriptors: list[int] = []
         try:
             self._rules = _open_rules(rules, self._descriptors)
         except OSError:
@@ -203,8 +204,8 @@ class WorkerLayer:
     def enter(self, slot_path: str) -> None:
         """Confine this process to reading the tree, and to `slot_path` for all else.
 
-        The slot is looked up now, through no link in its last part: rules are of directories, not of
-        names, and a slot that was mounted anew is another directory. Only for a process with one
+        The slot is looked up now, through no link in its last part: rules are of directories, not
+        of names, and a slot that was mounted anew is another directory. Only for a process with one
         thread. OSError names the call; this process is then not confined and must end.
         """
         flags = os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -222,11 +223,11 @@ class WorkerLayer:
         self._descriptors = []
 
 
-def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int) -> List[str]:
+def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int) -> list[str]:
     """What of a worker's confinement does not hold, found by trying; empty if all does.
 
-    To be run by a process that entered both layers and whose parent did not enter the worker's. Both
-    slots and the directory `readable`, which is part of the tree, exist.
+    To be run by a process that entered both layers and whose parent did not enter the worker's.
+    Both slots and the directory `readable`, which is part of the tree, exist.
     """
     other, own = (os.path.join(p, _PROBE_NAME) for p in (other_slot_path, slot_path))
     found = []
@@ -255,11 +256,11 @@ def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int)
 
 def verify_layer(
     layer: WorkerLayer, slot_path: str, other_slot_path: str, readable: str, abi: int
-) -> List[str]:
+) -> list[str]:
     """`verify_worker` in a child of its own that is gone afterwards; for the zygote at the barrier.
 
     OSError if the child could not be made; a child that fails is reported as a claim that does not
-    hold. This process must have no other child.
+    hold. To be called before a seccomp filter that forbids fork(2).
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -301,7 +302,7 @@ def _signal_parent() -> None:
     os.kill(os.getppid(), 0)
 
 
-def _shared_rules(tree: Tree, rights: Rights) -> List[Tuple[str, int]]:
+def _shared_rules(tree: Tree, rights: Rights) -> list[tuple[str, int]]:
     return [
         *((path, rights.code) for path in tree.code),
         *((path, rights.data) for path in tree.data),
@@ -309,7 +310,7 @@ def _shared_rules(tree: Tree, rights: Rights) -> List[Tuple[str, int]]:
     ]
 
 
-def _open_rules(rules: Iterable[Tuple[str, int]], descriptors: List[int]) -> List[bytes]:
+def _open_rules(rules: Iterable[tuple[str, int]], descriptors: list[int]) -> list[bytes]:
     """The packed rules; what was opened for them is in `descriptors`, also after OSError."""
     packed = []
     for path, access in rules:

@@ -23,7 +23,9 @@ _X32_BIT = 0x40000000
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _INSTRUCTION = struct.Struct("<HBBI")
-_OWN_PID_BYTES = struct.pack("<I", OWN_PID)
+_VALUE = struct.Struct("<I")
+_VALUE_OFFSET = 4
+_OWN_PID_BYTES = _VALUE.pack(OWN_PID)
 
 
 def compile_profile(profile: Profile, machine: str) -> bytes:
@@ -46,14 +48,34 @@ def compile_profile(profile: Profile, machine: str) -> bytes:
     return code.finish(code.load(_ARCH, start))
 
 
-def install(program: bytes) -> None:
-    """Filter this thread, which must be the only one, and its children from now on, for good.
+class Prepared:
+    """A compiled program, ready to be installed by any child: what can be done before a fork, is."""
 
-    no_new_privs must be set. Raises OSError and leaves everything as it was if the kernel refuses.
-    """
+    def __init__(self, program: bytes) -> None:
+        self._program = bytearray(program)
+        self._filter = syscalls.SeccompFilter(self._program)
+        self._pid_places = [
+            place
+            for place in range(_VALUE_OFFSET, len(program), _INSTRUCTION.size)
+            if program.startswith(_OWN_PID_BYTES, place)
+        ]
+
+    def install(self) -> None:
+        """Filter this thread, which must be the only one, and its children, for good.
+
+        no_new_privs must be set. Raises OSError, and changes nothing, if the kernel refuses.
+        """
+        pid = os.getpid()
+        for place in self._pid_places:
+            _VALUE.pack_into(self._program, place, pid)
+        self._filter.install()
+
+
+def install(program: bytes) -> None:
+    """Install a compiled program at once: see `Prepared`."""
     if struct.calcsize("P") != 8:
         raise OSError(errno.ENOSYS, "seccomp: a 32-bit interpreter would be killed at once")
-    syscalls.set_seccomp_filter(program.replace(_OWN_PID_BYTES, struct.pack("<I", os.getpid())))
+    Prepared(program).install()
 
 
 def verify(profile: Profile, filters: int) -> None:

@@ -40,9 +40,9 @@ _PLAIN = (
         "descriptors",
         "Reading, writing and waiting on what is already open.",
         "read write pread64 pwrite64 readv writev preadv pwritev preadv2 pwritev2 close "
-        "close_range dup dup2 dup3 lseek pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 "
-        "epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd signalfd4 "
-        "timerfd_create timerfd_settime timerfd_gettime sendfile copy_file_range",
+        "close_range dup dup2 dup3 lseek pipe pipe2 poll ppoll select pselect6 epoll_create "
+        "epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd "
+        "signalfd4 timerfd_create timerfd_settime timerfd_gettime sendfile copy_file_range",
     ),
     Group(
         "files",

@@ -29,7 +29,7 @@ ENOSYS = fails_with(errno.ENOSYS)
 
 
 class Arg(NamedTuple):
-    """A test of the argument at `position` (from 0): its lower 32 bits under `mask` are one of `values`.
+    """A test of one argument: its lower 32 bits under `mask` are one of `values`.
 
     Most arguments are C ints, of which the kernel drops the upper half itself: comparing that half
     too would let `value | 1 << 32` slip past (CVE-2019-10063). `whole` is for longs and pointers:

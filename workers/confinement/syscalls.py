@@ -197,16 +197,16 @@ def fork_as_sibling() -> int:
 
 # Each worker makes these calls right after its fork, when every page that is touched for the first
 # time costs a fault: arguments are bytes packed before, and the functions know their types.
-def _landlock_function(*types: Any) -> Any:
+def _typed_syscall(*types: Any) -> Any:
     function = _libc["syscall"]
     function.restype = ctypes.c_long
     function.argtypes = (ctypes.c_long, *types)
     return function
 
 
-_create_ruleset = _landlock_function(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint32)
-_add_rule = _landlock_function(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
-_restrict_self = _landlock_function(ctypes.c_int, ctypes.c_uint32)
+_create_ruleset = _typed_syscall(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint32)
+_add_rule = _typed_syscall(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_restrict_self = _typed_syscall(ctypes.c_int, ctypes.c_uint32)
 
 
 def landlock_abi() -> int:
@@ -241,32 +241,37 @@ def landlock_restrict_self(ruleset_fd: int, flags: int) -> None:
 
 
 SECCOMP_SET_MODE_FILTER = 1
+_set_filter = _typed_syscall(ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 
 
 class _SockFprog(ctypes.Structure):
-    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
-def set_seccomp_filter(program: bytes) -> None:
-    """seccomp(2): add a packed array of `struct sock_filter` to this thread's filters, for good."""
-    fprog = _SockFprog(len(program) // 8, program)
-    result = _syscall(
-        ctypes.c_long(_number("seccomp")),
-        ctypes.c_long(SECCOMP_SET_MODE_FILTER),
-        ctypes.c_long(0),
-        ctypes.byref(fprog),
-    )
-    if result < 0:
-        number = ctypes.get_errno()
-        reasons = {
-            errno.EACCES: "no_new_privs is not set",
-            errno.EINVAL: "refused as malformed, or a kernel without CONFIG_SECCOMP_FILTER",
-            errno.ENOMEM: "too many filters",
-            errno.ENOSYS: "a kernel without seccomp, or one that a filter around us hides",
-            errno.EPERM: "forbidden by a filter around us",
-        }
-        reason = reasons.get(number, "failed")
-        raise OSError(number, f"seccomp filter: {os.strerror(number)} ({reason})")
+class SeccompFilter:
+    """An array of `struct sock_filter` as seccomp(2) takes it; stays the caller's and may change."""
+
+    def __init__(self, program: bytearray) -> None:
+        self._program = (ctypes.c_char * len(program)).from_buffer(program)
+        self._fprog = _SockFprog(len(program) // 8, ctypes.addressof(self._program))
+        self._address = ctypes.addressof(self._fprog)
+        self._number = _number("seccomp")
+
+    def install(self) -> None:
+        """seccomp(2): filter this thread, and what it starts, for good."""
+        if _set_filter(self._number, SECCOMP_SET_MODE_FILTER, 0, self._address) < 0:
+            number = ctypes.get_errno()
+            reason = _SECCOMP_REASONS.get(number, "failed")
+            raise OSError(number, f"seccomp: {os.strerror(number)}: {reason}")
+
+
+_SECCOMP_REASONS = {
+    errno.EACCES: "no_new_privs is not set",
+    errno.EINVAL: "a malformed filter, or a kernel without CONFIG_SECCOMP_FILTER",
+    errno.ENOMEM: "too many filters",
+    errno.ENOSYS: "a kernel without it, or a filter around us that hides it",
+    errno.EPERM: "forbidden by a filter around us",
+}
 
 
 def errno_of(number: int, *arguments: int) -> int:
