@@ -33,7 +33,7 @@ _SECRET_CHARS = 6
 SHUTDOWN_S = 2.0
 """For links to say good-bye."""
 SCRIPT_END_S = 1.0
-"""For what a toolkit's script does after its `start()` returned, once the last client is stopped."""
+"""For what a toolkit's script still does after `stop()` let its `start()` return."""
 
 
 class Supervisor:
@@ -75,7 +75,7 @@ class Supervisor:
             self._loop.call_soon(self._start)
             self._loop.run()
         finally:
-            for unit in self._open_units:
+            for unit in list(self._open_units):
                 unit.close()
             self._node.close()
             for lock in self._locks:

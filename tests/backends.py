@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import psutil
 from conftest import PATIENCE_S, wait_until
@@ -79,15 +79,16 @@ class FakeBackend:
         if sock.recv(4, socket.MSG_PEEK | socket.MSG_WAITALL) != b"POST":
             self._websocket_handler(sock, address)
             return
-        with sock, sock.makefile("rb") as file:
-            while file.readline().startswith(b"POST "):
-                length = 0
-                while (line := file.readline().strip()) != b"":
-                    name, _, value = line.partition(b":")
-                    if name.lower() == b"content-length":
-                        length = int(value)
-                self.registered.append(json.loads(file.read(length)))
-                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        try:
+            with sock, sock.makefile("rb") as file:
+                while file.readline().startswith(b"POST "):
+                    self.registered.append(_read_body(file))
+                    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        except ConnectionError:
+            pass
+        finally:
+            with self._server.lock:  # which the library does for its own connections
+                self._server.handler_threads.discard(threading.current_thread())
 
     def _on_request(self, connection: ServerConnection, request: Request) -> Response | None:
         self.paths.append(request.path)
@@ -99,6 +100,17 @@ class FakeBackend:
         link = FakeLink(connection)
         self._links.put(link)
         link.read()
+
+
+def _read_body(file: BinaryIO) -> dict[str, Any]:
+    """The JSON object of a request whose first line has been read."""
+    length = 0
+    while line := file.readline().strip():
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            length = int(value)
+    body: dict[str, Any] = json.loads(file.read(length))
+    return body
 
 
 class FakeLink:
@@ -242,6 +254,8 @@ class Serving:
             self.process.kill()
             self.process.wait()
         self._reader.join()
+        if error is not None:
+            print(self.log)
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()

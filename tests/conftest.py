@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from atp_sandbox.admission import ServedTool, admit
@@ -30,6 +31,12 @@ from atp_sandbox.node import Node
 from atp_sandbox.outcome import Failure, Outcome, Success
 from atp_sandbox.settings import ToolkitSettings, parse_lifetime
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
+
+# A machine that is busy with other tests is no fault of what is tested.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 PATIENCE_S = 40.0
 """For what takes milliseconds; a machine that is busy with other tests takes longer."""

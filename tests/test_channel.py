@@ -13,7 +13,7 @@ import pytest
 
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.loop import Loop
-from workers.frames import BYTES, INT, Decoder, FrameError, Message, encode
+from workers.frames import BYTES, HEAD_BYTES, INT, Decoder, FrameError, Message, encode
 
 TABLE = {"number": (INT,), "blob": (BYTES,)}
 MOST = 8 * 1024 * 1024
@@ -228,7 +228,7 @@ def test_big_frames_come_in_piece_by_piece_while_others_are_served(end: End) -> 
 
 
 def test_a_frame_too_long_ends_the_channel_before_it_has_come(end: End) -> None:
-    end.peer.sendall((MOST + 1).to_bytes(4, "big"))
+    end.peer.sendall((MOST + 1).to_bytes(4, "big") + bytes(HEAD_BYTES))
     assert "allowed" in end.reason()
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from hostile.harness import Case, Session, Verdict, load_cases
+from hostile import faults
+from hostile.harness import EGRESS_CONTROL, PROXY_CATEGORY, Case, Session, Verdict, load_cases
+from hostile.imports import SAMPLED, ImportSession
 
 CASES = load_cases()
 TOOLKITS = ("fs", "proc", "syscalls", "net", "tokens", "ipc", "crash", "resource", "results")
@@ -79,3 +80,91 @@ def test_case(case: Case, sessions: Sessions) -> None:
 def test_nothing_shows_when_everything_is_over(sessions: Sessions) -> None:
     sessions.close()
     assert not any(sessions.problems.values()), sessions.problems
+
+
+# -- toolkits that are hostile while they are imported ---------------------------------------------
+
+IMPORTS = [case for case in CASES.values() if case.is_import]
+
+
+@pytest.fixture(scope="module")
+def imported(
+    tmp_path_factory: pytest.TempPathFactory, silent_network: faults.InBackground
+) -> Iterator[ImportSession]:
+    folder = tmp_path_factory.mktemp("imports")
+    session = ImportSession(folder, [case for case in IMPORTS if case.id != SAMPLED])
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in IMPORTS if case.id != SAMPLED], ids=lambda case: case.id
+)
+def test_import_case(case: Case, imported: ImportSession) -> None:
+    verdict = imported.judge_import(case)
+    print(verdict)
+    assert not verdict.problems, f"\n{verdict}"
+
+
+def test_import_case_with_samples(tmp_path: Path) -> None:
+    case = CASES[SAMPLED]
+    session = ImportSession(tmp_path, [case], sample_responses=True)
+    try:
+        verdict = session.judge_import(case)
+        assert not verdict.problems, f"\n{verdict}"
+    finally:
+        session.close()
+
+
+# -- the connection, the backend, the machine ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def silent_network(tmp_path_factory: pytest.TempPathFactory) -> faults.InBackground:
+    return faults.InBackground(tmp_path_factory.mktemp("silent"))
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, silent_network: faults.InBackground
+) -> Iterator[Session]:
+    session = Session(tmp_path_factory.mktemp("faults"), ("crash",), time="4s", concurrency=8)
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("name", faults.SHARED)
+def test_fault(name: str, shared: Session) -> None:
+    assert faults.SHARED[name](shared) == []
+
+
+@pytest.mark.parametrize("name", faults.OWN_SESSION)
+def test_fault_that_ends_the_supervisor(name: str, tmp_path: Path) -> None:
+    session = Session(tmp_path, ("crash",), time="4s")
+    try:
+        assert faults.OWN_SESSION[name](session) == []
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize("name", faults.OWN_SETUP)
+def test_fault_of_the_machine(name: str, tmp_path: Path) -> None:
+    assert faults.OWN_SETUP[name](tmp_path / name) == []
+
+
+def test_fault_of_a_silent_network(silent_network: faults.InBackground) -> None:
+    """H02."""
+    assert silent_network.result() == []
+
+
+# -- what is left out ------------------------------------------------------------------------------
+
+
+def test_no_case_is_left_out_silently() -> None:
+    """Every case of the index is run here, or needs egress, which does not exist yet."""
+    run = {case.id for case in _ordered()} | {case.id for case in IMPORTS} | {"H02"}
+    run |= {*faults.SHARED, *faults.OWN_SESSION, *faults.OWN_SETUP}
+    left_out = [case for case in CASES.values() if case.id not in run]
+    assert all(c.category == PROXY_CATEGORY or c.id == EGRESS_CONTROL for c in left_out)
+    numbers = (2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 16, 18, 19, 20, 21, 22, 23, 24, 25, 26)
+    assert [case.id for case in left_out] == [*(f"X{number:02}" for number in numbers), "G12"]

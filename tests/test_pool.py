@@ -71,7 +71,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.workers: dict[int, str] = {}
         self.used: dict[int, int] = {}
         self.is_supplied = False
-        self.is_refusing = False
+        self.supply_up()
 
     def obey(self, commands: list[Command], caused_by: int | None = None) -> None:
         for command in commands:
@@ -133,13 +133,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def refuse(self) -> None:
-        self.is_refusing = True
         self.obey(self.pool.refuse(STOPPED))
         assert self.pool.waiting == 0
 
     @rule()
     def take_again(self) -> None:
-        self.is_refusing = False
         self.obey(self.pool.refuse(None))
 
     @rule(index=st.integers(0))
@@ -238,7 +236,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
 class Shell:
@@ -460,6 +458,28 @@ def test_a_worker_that_crashed_under_a_call_is_replaced_without_waiting() -> Non
     commands = shell.submit(0)
     assert numbers(commands, Assign) == [spare]
     assert len(numbers(commands, StartWorker)) == 1
+
+
+def test_workers_that_do_not_end_take_the_slots_of_new_ones() -> None:
+    limits = limits_of(concurrency=2, queue=100)
+    pool = Pool(limits, parse_lifetime("call"))
+    started = numbers(pool.supply_up(0), StartWorker)
+    for _ in range(50):
+        call = Call(None, received_at=0, deadline=TIME_S, size_bytes=0)
+        started += numbers(pool.submit(call, 0), StartWorker)
+    for number in started:  # grows as it is walked
+        started += numbers(pool.worker_ready(number, 0), StartWorker)
+        started += numbers(pool.worker_answered(number, DONE, 0), StartWorker)
+    assert len(started) == 2 * limits.concurrency + MAX_AHEAD < slot_count(limits)
+    assert numbers(pool.worker_exited(started[0], GONE, 0), StartWorker) != []
+
+
+def test_no_call_goes_to_a_worker_that_was_lost_with_its_supply() -> None:
+    shell = Shell()
+    lost = shell.up(0)
+    shell.pool.supply_lost("it fell", 0)
+    assert numbers(shell.submit(0), Assign) == []
+    assert not set(lost) & set(shell.up(0))
 
 
 def test_losing_the_supply_ends_what_runs_and_keeps_what_waits() -> None:

@@ -82,8 +82,8 @@ def test_embedded_backend_serves_tools_over_http_until_interrupted(
         url = serve.wait_for(r"curl (http://127\.0\.0\.1:\d+)/tools\n")[1]
         serve.wait_for(r"Stop:   Ctrl-C")
         with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
-            names = [tool["name"] for tool in client.get("/tools").json()]
-            assert names == ["probe", "echo", "slow", "crash", "hang", "private"]
+            names = {tool["name"] for tool in client.get("/tools").json()}
+            assert names == {"probe", "echo", "slow", "crash", "hang", "private"}
 
             def call(tool: str, **body: Any) -> Any:
                 return client.post(f"/tools/{tool}", json=body).json()["result"]
@@ -114,7 +114,7 @@ def test_key_and_address_reach_the_backend_from_each_place(
     key_file.write_text(KEY + "\n")
     key_file.chmod(0o600)
     state = tmp_path / "state"
-    config = f'[backend]\nbase_url = "{backend.url}"\napi_key_file = "key"\n'
+    config = f'[backend]\nurl = "{backend.url}"\napi-key-file = "key"\n'
     config += f'[toolkit.mine]\npath = "{kit}"\n'
     write_tree(tmp_path, {"atp-sandbox.toml": config})
     where = ("--base-url", backend.url)

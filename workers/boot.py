@@ -16,10 +16,13 @@ import sys
 
 PRIVATE_NAME = "_atp_jail"
 _MODULES = (
+    "confinement.landlock",
+    "confinement.layers",
     "confinement.namespaces",
     "confinement.privileges",
     "confinement.root",
     "confinement.scratch",
+    "confinement.seccomp",
     "confinement.syscalls",
     "frames",
     "atp_sdk.clients",

@@ -19,6 +19,7 @@ from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 from . import frames, stdio
 from .confinement import scratch
+from .confinement.layers import WorkerLayers
 from .discovery import Registration, Registry
 
 _CHANNEL_FD = 200
@@ -43,6 +44,7 @@ def prepare(registry: Registry) -> None:
 def serve(
     plan: Dict[str, Any],
     registry: Registry,
+    layers: Optional[WorkerLayers],
     channel_fd: int,
     output_fd: int,
     number: int,
@@ -51,6 +53,12 @@ def serve(
     """Be worker `number` with scratch `slot` for as many calls as planned; never returns."""
     try:
         channel = _settle(channel_fd, output_fd, slot)
+        if layers is not None:
+            try:
+                layers.enter(slot)
+            except OSError as error:
+                sys.stderr.write(f"worker: cannot confine itself: {error}\n")
+                os._exit(70)
 
         def refuse_stop(_client: int) -> None:
             raise RuntimeError("stop() cannot be called from inside a tool")

@@ -44,8 +44,8 @@ class Registry:
         self.registrations: list[Registration] = []
         self.on_registered: Callable[[], None] = lambda: None
         """Called after each registration and each start() outside the main thread."""
-        self.on_start: Callable[[], None] = lambda: None
-        """Called by start() in the main thread; returns only after stop()."""
+        self.on_start: Callable[[int], None] = lambda _client: None
+        """Called by start() in the main thread; returns only after that client's stop()."""
         self.on_stop: Callable[[int], None] = lambda _client: None
 
     def add_client(self, api_key: str, app_name: str, base_url: str) -> int:

@@ -10,7 +10,7 @@ peer ends.
     supervisor → warden     slot, measure, kill
     warden → supervisor     up, failed, slot_ready, measured, exited
     supervisor → zygote     go, fork, become
-    zygote → supervisor     locked, discovered, broken, stopped, fork_failed
+    zygote → supervisor     refused, locked, discovered, broken, stopped, fork_failed
     supervisor → worker     call
     worker → supervisor     ready, answer
 """
@@ -78,7 +78,8 @@ TO_ZYGOTE = {
     "become": (INT, INT),  # the same, but the zygote itself serves (lifetime "jail")
 }
 FROM_ZYGOTE = {
-    "locked": (),  # confined, waiting for "go"
+    "refused": (STR, INT, STR),  # step of its confinement, errno, what was attempted
+    "locked": (),  # confined and verified from inside, waiting for "go"
     "discovered": (BYTES,),  # JSON, see workers.discovery
     "broken": (STR, STR),  # what ended the import, the end of its traceback
     "stopped": (INT,),  # number of the client whose stop() was called

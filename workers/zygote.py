@@ -26,7 +26,7 @@ from typing import Any, Deque, Dict, List, NoReturn, Optional
 
 from . import call, frames, stdio
 from .atp_sdk import clients
-from .confinement import privileges, syscalls
+from .confinement import layers, privileges, syscalls
 from .discovery import registry
 
 _SETTLE_AFTER_REGISTRATION_S = 0.5
@@ -40,10 +40,9 @@ def start(plan: Dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(plan["env"])
     os.chdir("/toolkit")
-    privileges.set_resource_limits(plan["rlimits"])
-    privileges.drop_capabilities()
     zygote = _Zygote(plan)
     try:
+        zygote.confine()
         zygote.wait_for_go()
         privileges.hide_from_tracers()
         zygote.run()
@@ -65,6 +64,15 @@ class _Zygote:
         self._descriptors: Deque[int] = deque()
         self._discovered = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def confine(self) -> None:
+        """Put on every layer; tell which one was refused, and end."""
+        try:
+            self._layers = layers.confine_zygote(self._plan)
+        except layers.Refused as refused:
+            message = refused.message[:500]
+            self._send(frames.encode("refused", refused.step, refused.errno, message))
+            os._exit(1)
 
     def wait_for_go(self) -> None:
         """Tell that confinement is complete; the supervisor looks at it from outside first."""
@@ -138,11 +146,11 @@ class _Zygote:
             self._finish_discovery("interrupted")
             self._serve(None)
 
-    def _started_in_main_thread(self) -> None:
+    def _started_in_main_thread(self, client: int) -> None:
         self._disarm_interrupt()
         if not self._discovered:
             self._finish_discovery("start")
-        self._serve(next(i for i, c in enumerate(registry.clients) if c["started"]))
+        self._serve(client)
 
     def _stopped(self, client: int) -> None:
         if self._discovered:
@@ -207,7 +215,11 @@ class _Zygote:
             self._channel.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
-            call.serve(self._plan, registry, channel_fd, output_fd, number, slot)
+            # A zygote that serves itself has its jail, and may have threads, to itself.
+            worker_layers = self._layers if name == "fork" else None
+            call.serve(
+                self._plan, registry, worker_layers, channel_fd, output_fd, number, slot
+            )
         os.close(channel_fd)
         os.close(output_fd)
 

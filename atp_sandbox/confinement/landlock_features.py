@@ -67,9 +67,8 @@ FEATURES = (
         "6.2",
         "files that may not be written from being emptied by truncate(2) or O_RDONLY|O_TRUNC",
         Standing.SUBSTITUTED,
-        "everything outside scratch is on read-only mounts; seccomp refuses truncate(2) and "
-        "openat2(2), and O_TRUNC without O_WRONLY or O_RDWR, so that only what can be opened for "
-        "writing can be emptied",
+        "all but scratch is on read-only mounts; scratch of other calls has to be out of reach, as "
+        "must be its metadata, which no ABI covers",
     ),
     Feature(
         "bind_tcp",
@@ -77,8 +76,8 @@ FEATURES = (
         "6.7",
         "egress addresses and ports inside the jail from being taken over",
         Standing.SUBSTITUTED,
-        "seccomp refuses listen(2); the jail's network namespace has only its loopback, and the "
-        "egress listeners were bound before any foreign code",
+        "the worker's seccomp filter refuses bind(2) and listen(2); the jail's network namespace "
+        "has only its loopback",
     ),
     Feature(
         "ioctl_dev",
@@ -86,8 +85,7 @@ FEATURES = (
         "6.10",
         "device drivers from ioctl",
         Standing.SUBSTITUTED,
-        "the jail's /dev has five memory devices and no terminal; seccomp refuses TIOCSTI and "
-        "TIOCLINUX by number",
+        "the jail's /dev has five memory devices and no terminal; seccomp allows ioctls by number",
     ),
     Feature(
         "scope_signal",
@@ -95,9 +93,8 @@ FEATURES = (
         "6.12",
         "other calls, the zygote and the warden from being signalled",
         Standing.SUBSTITUTED,
-        "the worker's seccomp filter, made after its fork, allows kill, tgkill, rt_sigqueueinfo "
-        "and rt_tgsigqueueinfo only with its own process id, and refuses tkill, "
-        "pidfd_send_signal and fcntl F_SETOWN, F_SETOWN_EX",
+        "the worker's seccomp filter, made after its fork, allows signals only to its own process "
+        "id, and refuses pidfd_send_signal and fcntl F_SETOWN; not where subprocesses are allowed",
     ),
     Feature(
         "scope_abstract_unix_socket",
@@ -105,8 +102,8 @@ FEATURES = (
         "6.12",
         "abstract unix sockets of other calls of the same toolkit from being connected to",
         Standing.SUBSTITUTED,
-        "the network namespace keeps them inside the jail; seccomp refuses socket(AF_UNIX), and "
-        "socketpair stays",
+        "the network namespace keeps them inside the jail; the worker's seccomp filter refuses "
+        "bind(2), so that no call has one",
     ),
     Feature(
         "quiet_log",
@@ -130,7 +127,7 @@ FEATURES = (
         "7.1",
         "named unix sockets of other calls of the same toolkit from being connected to",
         Standing.SUBSTITUTED,
-        "seccomp refuses socket(AF_UNIX), or the other calls' scratch is out of reach",
+        "the worker's seccomp filter refuses bind(2), so that no call has one",
     ),
 )
 

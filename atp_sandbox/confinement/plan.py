@@ -13,6 +13,10 @@ from atp_sandbox.limits import Limits
 
 INSIDE_ID = 1000
 JAIL_NAME = "jail"
+MIN_LANDLOCK_ABI = 6
+"""The first with scopes, which keep the calls of a toolkit from signalling each other (6.12)."""
+FIRST_SLOTS = 3
+"""Mounted by the warden unasked: the import's, and two with which the layers are verified."""
 SPARE_SLOTS = 4
 """Scratch slots beyond one a call and one forked ahead: those that are just being freed."""
 
@@ -92,9 +96,11 @@ def jail_plan(
         "masks": [path for path in host.hidden if _is_under(path, host.read_only)],
         "scratch_bytes": limits.scratch_bytes,
         "scratch_files": limits.scratch_files,
-        "first_slots": 1,
+        "first_slots": FIRST_SLOTS,
+        "landlock_abi": MIN_LANDLOCK_ABI,
         "rlimits": {
-            "core": 0,
+            # Not 0, which a core dump that is piped to a program ignores; 1 forbids both: core(5).
+            "core": 1,
             "nofile": limits.open_files,
             "nproc": limits.processes,
             "fsize": limits.scratch_bytes,

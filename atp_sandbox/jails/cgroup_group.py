@@ -253,10 +253,10 @@ class Group(ABC):
     def processes(self) -> set[int]:
         """Every process here and in all groups inside; 0 is one of another PID namespace."""
         found: set[int] = set()
-        for top in self._distinct:
-            for directory in _directories_below(top):
-                with contextlib.suppress(CgroupError):  # removed meanwhile
-                    found.update(map(int, read_value(f"{directory}/cgroup.procs").split()))
+        # One hierarchy tells for all: who cannot `add` to each ends the process.
+        for directory in _directories_below(self._directories.get("pids", self._distinct[0])):
+            with contextlib.suppress(CgroupError):  # removed meanwhile
+                found.update(map(int, read_value(f"{directory}/cgroup.procs").split()))
         return found
 
     def wait_empty(self, timeout_s: float) -> bool:

@@ -62,8 +62,8 @@ class CallEvidence:
     With `oom_kills` it tells the group's limit (more than 0) from the jail's or the machine's (0).
     """
     pids_refused: int
-    """Forks and threads refused by the group's own limit; on version 1 and before Linux 6.11 also by
-    one above it."""
+    """Forks and threads refused by the group's own limit; on version 1, and before Linux 6.11, also
+    by one above it."""
     cpu_s: float
     """Of all processes of the group, the living included. 0 on version 1 without cpuacct."""
     peak_bytes: int | None
@@ -206,7 +206,7 @@ class JailGroup:
 
 
 class CgroupTree:
-    """All groups of one supervisor. A context manager; owns them and the lock that says it lives."""
+    """All groups of one supervisor. A context manager; owns them and the lock that it lives by."""
 
     def __init__(self, support: CgroupSupport, name: str = "") -> None:
         """IsolationError (CgroupError) if it cannot be made; nothing of it is left then.

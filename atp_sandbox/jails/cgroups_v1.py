@@ -5,6 +5,7 @@ memory and pids limit, freezer makes a kill complete, cpu and cpuacct are used w
 
 from __future__ import annotations
 
+import mmap
 import os
 
 from atp_sandbox.jails.cgroup_group import (
@@ -47,11 +48,10 @@ class GroupV1(Group):
             killed |= found
 
     def counters(self) -> Counters:
-        # With equal limits it is memory and swap together that is refused first.
-        oom, events, peak, refusals, swap_refusals, *cpu = (f.read() for f in self._counting)
+        oom, events, peak, refusals, *cpu = (file.read() for file in self._counting)
         return Counters(
             oom_kills=field_of(oom, b"oom_kill"),
-            memory_refusals=int(refusals) + int(swap_refusals or 0),
+            memory_refusals=int(refusals),
             pids_refused=field_of(events, b"max"),
             cpu_us=int(cpu[0]) // 1000 if cpu else 0,
             peak_bytes=int(peak),
@@ -83,29 +83,28 @@ class GroupV1(Group):
 
     def _open_counters(self) -> list[KernelFile]:
         memory = self._directories["memory"]
-        refusals = f"{memory}/memory.failcnt"
-        swap_refusals = f"{memory}/memory.memsw.failcnt"
         files = [
             KernelFile(f"{memory}/memory.oom_control"),
             KernelFile(f"{self._directories['pids']}/pids.events"),
             KernelFile(f"{memory}/memory.max_usage_in_bytes", os.O_RDWR),
-            KernelFile(refusals),
-            # Without swap accounting nothing is counted there, and the first one says it all.
-            KernelFile(swap_refusals if os.path.exists(swap_refusals) else os.devnull),
+            KernelFile(f"{memory}/memory.failcnt"),
         ]
         if "cpuacct" in self._directories:
             files.append(KernelFile(f"{self._directories['cpuacct']}/cpuacct.usage"))
         return files
 
     def _write_memory(self, size_bytes: int, *, was_bytes: int) -> None:
-        # Memory with swap can never be limited to less than memory: which comes first depends.
         swap = f"{self._directories['memory']}/memory.memsw.limit_in_bytes"
+        # One page more than memory alone: with equal limits the sum is refused first, and that
+        # refusal is not counted any more (seen on Linux 6.18).
+        with_swap_bytes = size_bytes + mmap.PAGESIZE
+        # The sum can never be limited to less than memory alone: which comes first depends.
         is_raise = 0 < was_bytes < size_bytes
         if is_raise:
-            forbid_swap(swap, size_bytes)
+            forbid_swap(swap, with_swap_bytes)
         self._write("memory", "memory.limit_in_bytes", size_bytes)
         if not is_raise:
-            forbid_swap(swap, size_bytes)
+            forbid_swap(swap, with_swap_bytes)
 
     def _freeze(self, state: str) -> None:
         # Of a dead supervisor's groups not every hierarchy may be ours to see.

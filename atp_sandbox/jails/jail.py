@@ -17,7 +17,7 @@ from typing import Protocol
 
 import psutil
 
-from atp_sandbox.confinement.plan import slot_count
+from atp_sandbox.confinement.plan import FIRST_SLOTS, slot_count
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.launch import JailSpec, allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
@@ -67,7 +67,7 @@ class Phase(Enum):
 
 
 _ZYGOTE_MAY_SAY = {
-    Phase.SETTING_UP: {"locked"},
+    Phase.SETTING_UP: {"refused", "locked"},
     Phase.IMPORTING: {"discovered", "broken"},
     Phase.SERVING: {"stopped", "fork_failed"},
     Phase.BROKEN: set[str](),
@@ -246,7 +246,7 @@ class Jail:
         self._loop.watch(
             self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
         )
-        for slot in range(1, slot_count(self._spec.limits)):
+        for slot in range(FIRST_SLOTS, slot_count(self._spec.limits)):
             self._warden_channel.send(frames.encode("slot", slot))
 
     def _on_locked(self, pid: int) -> None:
@@ -265,6 +265,7 @@ class Jail:
             self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
             return
         self._phase = Phase.IMPORTING
+        self._fresh_slots += range(1, FIRST_SLOTS)
         self._zygote_pid = pid
         self._zygote_channel.peer_pid = pid
         assert self._setup_timer is not None
@@ -313,7 +314,7 @@ class Jail:
         for worker in list(self._workers.values()):
             if not worker.inner_pid and worker.channel is not None:
                 worker.channel.read_now()
-                if worker.inner_pid == inner_pid:
+                if worker.inner_pid == inner_pid or worker.channel.is_closed:
                     self._finish_worker(worker, exited)
                     return
 
@@ -361,6 +362,8 @@ class Jail:
             self._end(f"its zygote said {name} out of turn")
             return
         match name:
+            case "refused":
+                self._fail_setup(message[1], message[3])
             case "locked":
                 self._on_locked(sender)
             case "discovered":

@@ -39,6 +39,17 @@ REMEDIES = {
     "hostname": _NAMESPACES,
     "loopback": Remedy("network namespace", "The kernel needs CONFIG_NET_NS."),
     "scratch": Remedy("scratch directories", "The kernel must allow tmpfs in user namespaces."),
+    "resource_limits": Remedy("resource limits", "Raise the hard limits of the supervisor (ulimit)."),
+    "capabilities": Remedy("capabilities", "The kernel refused to drop them; report it."),
+    "landlock": Remedy(
+        "Landlock",
+        "Linux 6.12 or later with Landlock is needed: CONFIG_SECURITY_LANDLOCK=y and landlock "
+        "among lsm= on the kernel command line.",
+    ),
+    "seccomp": Remedy(
+        "seccomp",
+        "The kernel needs CONFIG_SECCOMP_FILTER; a filter around us must allow seccomp(2).",
+    ),
     "verification": Remedy("verification", "This is a bug or an unsupported kernel; report it."),
     "start": Remedy("start of the jail", "Look at the cause; the machine may be out of memory."),
 }

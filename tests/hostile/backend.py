@@ -1,8 +1,9 @@
 """A backend that records everything it is sent, and a network that leads nowhere.
 
-The backend is an asyncio server in a thread of its own, HTTP/1.1 and RFC 6455 by hand, so that a test
-can also send what a well-behaved server never would. `Cell` is a network namespace: the supervisor
-and every listening socket live in it, so that not even a sandbox that fails reaches a real network.
+The backend is an asyncio server in a thread of its own, HTTP/1.1 and RFC 6455 by hand, so that a
+test can also send what a well-behaved server never would. `Cell` is a network namespace: the
+supervisor and every listening socket live in it, so that not even a sandbox that fails reaches a
+real network.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 class Cell:
     """A thread in a network namespace of its own; processes that it starts inherit the namespace.
 
-    Where that is not permitted (no root), it is the machine's own network, and `is_private` says so.
+    Where that is not permitted (no root), it is the machine's own, and `is_private` is false.
     """
 
     def __init__(self) -> None:
@@ -58,8 +59,9 @@ class Cell:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             up = struct.pack("16sH22x", b"lo", _IFF_UP_RUNNING)
             fcntl.ioctl(control, _SIOCSIFFLAGS, up)
-            address = struct.pack("16sHH4s16x", b"lo:1", socket.AF_INET, 0,
-                                  socket.inet_aton(METADATA))
+            address = struct.pack(
+                "16sHH4s16x", b"lo:1", socket.AF_INET, 0, socket.inet_aton(METADATA)
+            )
             fcntl.ioctl(control, _SIOCSIFADDR, address)
         return True
 
@@ -181,7 +183,7 @@ class Connection:
 
 
 class Backend:
-    """Accepts links, sends requests, keeps every answer. Its public methods are for other threads."""
+    """Accepts links, sends requests, keeps every answer. Public methods are for other threads."""
 
     PING_S = 0.05
     CALL_S = 0.1
@@ -376,9 +378,7 @@ class Backend:
                     json.dumps({"message_type": "atp_tool_request", "payload": payload}).encode(),
                 )
 
-    async def _on_client(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _on_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin1").split("\r\n")
@@ -392,8 +392,8 @@ class Backend:
                 body = await reader.readexactly(int(headers.get("content-length") or 0))
                 answer = self._http(head[0].split(" ")[1], body)
                 writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-                    % (len(answer), answer)
+                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: %d\r\n\r\n%b" % (len(answer), answer)
                 )
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError, OSError):

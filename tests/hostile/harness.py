@@ -2,8 +2,8 @@
 
 Nothing of the corpus is ever run here: its files are handed to `atp-sandbox serve`, which is a real
 process with a real websocket. What a case must hold to is in `corpus/index.json`; each oracle there
-(O1 to O14) is a method of `Watch` here. A timing oracle that does not hold is looked at a second time,
-since this machine may have been busy with something else.
+(O1 to O14) is a method of `Watch` here. A timing oracle that does not hold is looked at a second
+time, since this machine may have been busy with something else.
 """
 
 from __future__ import annotations
@@ -203,15 +203,29 @@ class Serve:
         self.log_path = folder / "log.jsonl"
         self.config_path = folder / "atp-sandbox.toml"
         self.config_path.write_text(config)
-        arguments = [*command, "serve", "--config", str(self.config_path), "--log-format", "json",
-                     "--state-dir", str(self.state)]
+        arguments = [
+            *command,
+            "serve",
+            "--config",
+            str(self.config_path),
+            "--log-format",
+            "json",
+            "--state-dir",
+            str(self.state),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ATP_API_KEY", None)
         log = self.log_path.open("ab")
         self.process = cell.run(
             lambda: subprocess.Popen(
-                arguments, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, preexec_fn=before_exec, start_new_session=True,
+                arguments,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=before_exec,
+                start_new_session=True,
             )
         )
         log.close()
@@ -322,8 +336,17 @@ class Canaries:
         for path in (self.readable, self.writable):
             status = os.lstat(path)
             attributes = [(n, os.getxattr(path, n)) for n in os.listxattr(path)]
-            rows.append((path.read_text(), status.st_ino, status.st_mode, status.st_uid,
-                         status.st_gid, status.st_mtime_ns, attributes))
+            rows.append(
+                (
+                    path.read_text(),
+                    status.st_ino,
+                    status.st_mode,
+                    status.st_uid,
+                    status.st_gid,
+                    status.st_mtime_ns,
+                    attributes,
+                )
+            )
         return rows
 
     def is_untouched(self) -> bool:
@@ -388,6 +411,8 @@ class Session:
         files: Sequence[str],
         *,
         overrides: dict[str, dict[str, Any]] | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "atp_sandbox"),
+        before_exec: Callable[[], None] | None = None,
         **defaults: Any,
     ) -> None:
         """`files` are corpus files by their middle name; `good` is always served, and first."""
@@ -411,7 +436,9 @@ class Session:
         config = configuration(self.backend, self.key_file, toolkits, **defaults)
         self.serve: Serve | None = None
         try:
-            self.serve = Serve(self.cell, folder / "serve", config)
+            self.serve = Serve(
+                self.cell, folder / "serve", config, command=command, before_exec=before_exec
+            )
             self.serve.wait_event("ready")
             self.backend.bystanders = {"ok_echo": {"arm": ARM, "value": 1}}
             self._settle()
@@ -463,8 +490,14 @@ class Session:
         for process in self.supervisor.jail_processes():
             try:
                 uids.add(os.stat(f"/proc/{process.pid}").st_uid)
-                uids.add(int(Path(f"/proc/{process.pid}/status").read_text()
-                             .partition("Uid:")[2].split()[0]))
+                uids.add(
+                    int(
+                        Path(f"/proc/{process.pid}/status")
+                        .read_text()
+                        .partition("Uid:")[2]
+                        .split()[0]
+                    )
+                )
             except (OSError, ValueError):
                 continue
         return uids - {0, os.getuid()}
@@ -541,8 +574,11 @@ class Session:
         }
         if value == "$BYSTANDER_PID":
             return next(
-                (p.pid for p in reversed(self.supervisor.jail_processes())
-                 if p.parent != self.supervisor.pid),
+                (
+                    p.pid
+                    for p in reversed(self.supervisor.jail_processes())
+                    if p.parent != self.supervisor.pid
+                ),
                 self.supervisor.pid,
             )
         if value in known:
@@ -588,8 +624,14 @@ class Session:
                 also.setdefault(f"$TOKEN_{call['user']}_FIRST", token[:middle])
                 also.setdefault(f"$TOKEN_{call['user']}_REST", token[middle:])
                 params = self.fill(call["params"], also)
-                one = Call(call["tool"], call["file"], call["user"], token, ids[len(calls)],
-                           time.monotonic())
+                one = Call(
+                    call["tool"],
+                    call["file"],
+                    call["user"],
+                    token,
+                    ids[len(calls)],
+                    time.monotonic(),
+                )
                 self.tokens[token] = json.dumps(one.request_id)
                 self.backend.request(one.tool, params, token, one.request_id)
                 calls.append(one)
@@ -615,7 +657,9 @@ class Session:
             verdict.problem("answer", f"{void}: {shorten(result)}")
         elif not names & wanted:
             got = "/".join(sorted(names))
-            verdict.problem("answer", f"{got}, wanted {'/'.join(sorted(wanted))}: {shorten(result)}")
+            verdict.problem(
+                "answer", f"{got}, wanted {'/'.join(sorted(wanted))}: {shorten(result)}"
+            )
 
     def _judge_companion(self, verdict: Verdict, call: Call) -> None:
         """A call of somebody else in the same step: it must have its own, proper answer."""
@@ -750,7 +794,9 @@ class Watch:
         if call.reply is not None:
             late = call.reply.at - call.sent - self.session.time_s
             if late > LATE_S:
-                self.verdict.problem("O12", f"{call.tool} answered {late:.2f} s after its deadline", by_clock=True)
+                self.verdict.problem(
+                    "O12", f"{call.tool} answered {late:.2f} s after its deadline", by_clock=True
+                )
 
     def _look(self) -> None:
         session, verdict, backend = self.session, self.verdict, self.session.backend
@@ -778,10 +824,9 @@ class Watch:
 
     def _next_call(self) -> None:
         """O13: the same toolkit, another user, a fresh worker."""
-        inert = _inert_tool(self.case.file)
-        assert inert is not None, self.case.id
+        tool = _inert_tool(self.case.file) or "ok_echo"
         began = time.monotonic()
-        call = self.session.call(inert, {"arm": "not armed"}, "B")
+        call = self.session.call(tool, {"arm": "not armed"}, "B")
         seconds = time.monotonic() - began
         if outcomes_of(call.result)[0] != {"ok", "denied"}:
             self.verdict.problem("O13", f"the next call: {shorten(call.result)}")
@@ -867,7 +912,9 @@ class Watch:
             if count != 1:
                 self.verdict.problem("O2", f"{count} answers to a call of {call.tool}")
         if len(backend.odd_frames) > self.odd:
-            self.verdict.problem("O2", f"a frame that is no answer: {backend.odd_frames[-1][:80]!r}")
+            self.verdict.problem(
+                "O2", f"a frame that is no answer: {backend.odd_frames[-1][:80]!r}"
+            )
         strange = [key for key in list(backend.replies) if key not in backend.sent_ids]
         if strange:
             self.verdict.problem("O2", f"answers to ids that were never sent: {strange[:3]}")
@@ -881,7 +928,9 @@ class Watch:
         seconds = sorted(s.seconds for s in samples)
         if seconds and percentile(seconds, 0.99) > BYSTANDER_P99_S:
             worst = percentile(seconds, 0.99)
-            self.verdict.problem("O3", f"bystanders' p99 of {len(seconds)}: {worst:.3f} s", by_clock=True)
+            self.verdict.problem(
+                "O3", f"bystanders' p99 of {len(seconds)}: {worst:.3f} s", by_clock=True
+            )
         if "O14" in self.case.oracles:
             self._judge_shared_limits([s for s in samples if s.tool == "ok_shared_limits"])
 
@@ -997,6 +1046,23 @@ def _leak_often(session: Session, case: Case, verdict: Verdict, watch: Watch) ->
     verdict.answers[1:] = []
 
 
+def _race(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
+    """C37: two hundred calls that end just before, at and just after their deadline."""
+    call = case.steps[0][0]
+    params = session.fill(call["params"], {})
+    for first in range(0, 200, 8):
+        group = [
+            session.send(call["tool"], {**params, "offset_ms": number % 41 - 20}, "A")
+            for number in range(first, min(first + 8, 200))
+        ]
+        for one in group:
+            watch.judge_lateness(session.finish(one))
+            session.judge(case, verdict, one)
+        watch.calls += group
+    kinds = {a.partition(": ")[2][:24] for a in verdict.answers}
+    verdict.answers[:] = sorted(kinds)
+
+
 def _named_process(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
     """T24, with a look at every process of ours while it runs."""
     call = case.steps[0][0]
@@ -1037,13 +1103,15 @@ _TEXT = (
 )
 
 SPECIAL: dict[str, Callable[[Session, Case, Verdict, Watch], None]] = {
+    "C37": _race,
     "R11": _leak_often,
     "R36": _occupy,
     "T24": _named_process,
     "G01": _control(lambda r, c: r["value"] == [1, "x", None]),
     "G02": _control(
-        lambda r, c: r == {"length": len(c.token),
-                           "sha256": hashlib.sha256(c.token.encode()).hexdigest()}
+        lambda r, c: (
+            r == {"length": len(c.token), "sha256": hashlib.sha256(c.token.encode()).hexdigest()}
+        )
     ),
     "G03": _control(lambda r, c: r["slept"] >= 0.2),
     "G04": _control(lambda r, c: r["n"] > 0),
@@ -1052,8 +1120,9 @@ SPECIAL: dict[str, Callable[[Session, Case, Verdict, Watch], None]] = {
     "G07": _control(lambda r, c: r["ran"] in (True, False)),
     "G08": _control(lambda r, c: r == {"mb": 32}),
     "G09": _control(lambda r, c: r == {"text": "r" * 65_536}),
-    "G10": _control(lambda r, c: r["text"] == _TEXT and r["nested"]["a"] == [1, 2.5, None, True,
-                                                                           {"b": []}]),
+    "G10": _control(
+        lambda r, c: r["text"] == _TEXT and r["nested"]["a"] == [1, 2.5, None, True, {"b": []}]
+    ),
     "G11": _control(lambda r, c: r["error"] == "the city was not found"),
     "G13": _control(lambda r, c: r["n"] == 42 and r["re"] == "bb" and r["dec"] == "1.1"),
     "G14": _control(lambda r, c: r == {"r": list(range(10))}),

@@ -95,7 +95,7 @@ class ToolKitClient:
         if threading.current_thread() is not threading.main_thread():
             registry.on_registered()
             raise SystemExit
-        registry.on_start()
+        registry.on_start(self._number)
 
     def start_in_background(self) -> None:
         """Mark this client as started and go on: `atp_sandbox.ToolKitClient` serves outside."""

@@ -110,6 +110,8 @@ def probe() -> Support:
     try:
         return Support(syscalls.landlock_abi(), "")
     except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:  # which Python knows by its other name
+            return Support(0, "EOPNOTSUPP")
         return Support(0, errno.errorcode.get(error.errno or 0, str(error.errno)))
 
 

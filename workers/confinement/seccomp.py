@@ -49,7 +49,7 @@ def compile_profile(profile: Profile, machine: str) -> bytes:
 
 
 class Prepared:
-    """A compiled program, ready to be installed by any child: what can be done before a fork, is."""
+    """A compiled program, ready for any child: what can be done before the fork is done."""
 
     def __init__(self, program: bytes) -> None:
         self._program = bytearray(program)

@@ -175,8 +175,9 @@ _ARGUMENTS = (
         "process control",
         "An allow-list. Names (PDEATHSIG, NAME, TIMERSLACK, THP_DISABLE, NO_NEW_PRIVS), questions "
         "(DUMPABLE, KEEPCAPS, SECCOMP, CAPBSET, SECUREBITS, SUBREAPER, TID_ADDRESS, SPECULATION, "
-        "SVE vector length), PR_SET_VMA's labels, and dumpable off. EPERM for what weakens a "
-        "boundary or its book-keeping: dumpable on, capabilities and securebits, SET_SECCOMP, "
+        "SVE vector length), PR_SET_VMA's labels, and dumpable on or off: a worker's Landlock "
+        "domain keeps its neighbours from tracing it either way, and RLIMIT_CORE is 1. EPERM for "
+        "what weakens a boundary or its book-keeping: capabilities and securebits, SET_SECCOMP, "
         "SET_MM, CHILD_SUBREAPER (orphans are the warden's), SPECULATION_CTRL, "
         "SYSCALL_USER_DISPATCH, SCHED_CORE, MEMORY_MERGE (pages shared with strangers), PTRACER.",
         "prctl",
@@ -184,7 +185,7 @@ _ARGUMENTS = (
         (
             when(ALLOW, equals(0, 1, 2, 3, 7, 15, 16, 21, 23, 27, 29, 30, 37, 38, 39, 40, 41, 42)),
             when(ALLOW, equals(0, 51, 52, 0x53564D41)),
-            when(ALLOW, equals(0, 4), equals(1, 0, whole=True)),
+            when(ALLOW, equals(0, 4), equals(1, 0, 1, whole=True)),
             when(EPERM, equals(0, 4, 8, 22, 24, 28, 35, 36, 47, 53, 59, 62, 67, 0x59616D61)),
         ),
     ),

@@ -196,7 +196,7 @@ def fork_as_sibling() -> int:
 
 
 # Each worker makes these calls right after its fork, when every page that is touched for the first
-# time costs a fault: arguments are bytes packed before, and the functions know their types.
+# time costs a fault: arguments are bytes that were packed before, and the functions know types.
 def _typed_syscall(*types: Any) -> Any:
     function = _libc["syscall"]
     function.restype = ctypes.c_long

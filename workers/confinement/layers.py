@@ -1,0 +1,70 @@
+"""The layers a zygote and a worker put on, in the order that works, and the check that they hold.
+
+The zygote confines itself step by step and prepares what each worker will need, so that a worker only
+enters. A step that is refused is named; nothing foreign has run by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
+
+
+class Refused(Exception):
+    """A step of the confinement was refused, or does not hold."""
+
+    def __init__(self, step: str, errno: int, message: str) -> None:
+        super().__init__(step)
+        self.step = step
+        self.errno = errno
+        self.message = message
+
+
+class WorkerLayers(NamedTuple):
+    """What every worker enters, prepared once."""
+
+    files: landlock.WorkerLayer
+    calls: seccomp.Prepared
+
+    def enter(self, slot: int) -> None:
+        """Confine this worker, which has one thread, to scratch `slot`. OSError: it must end."""
+        self.files.enter(scratch.slot_path(slot))
+        # Its own Landlock domain keeps its neighbours from tracing it; it may look at itself.
+        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+        self.calls.install()
+
+
+def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
+    """Confine this process as planned, verify it, and prepare its workers' layers.
+
+    Raises Refused at the first step that cannot be taken or does not hold.
+    """
+    _step("resource_limits", privileges.set_resource_limits, plan["rlimits"])
+    _step("capabilities", privileges.drop_capabilities)
+    support = landlock.probe()
+    if support.abi < plan["landlock_abi"]:
+        raise Refused(
+            "landlock", 0, f"Landlock ABI {support.abi} {support.reason}, {plan['landlock_abi']} needed"
+        )
+    tree = landlock.jail_tree()
+    _step("landlock", landlock.enter_base, tree, support.abi)
+    files = _step("landlock", landlock.WorkerLayer, tree, support.abi)
+    own, other = scratch.slot_path(1), scratch.slot_path(2)
+    broken = _step("landlock", landlock.verify_layer, files, own, other, "/toolkit", support.abi)
+    if broken:
+        raise Refused("landlock", 0, "does not hold: " + "; ".join(broken))
+    base, worker = seccomp_profiles.ZYGOTE, seccomp_profiles.WORKER
+    program = _step("seccomp", seccomp.compile_profile, worker, syscalls.MACHINE)
+    calls = _step("seccomp", seccomp.Prepared, program)
+    _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
+    _step("seccomp", seccomp.verify, base, 1)
+    return WorkerLayers(files, calls)
+
+
+def _step(name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return action(*arguments)
+    except OSError as error:
+        raise Refused(name, error.errno or 0, f"{name}: {error.strerror or error}") from error
