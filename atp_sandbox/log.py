@@ -30,6 +30,8 @@ def printable(text: str, *, keep_newlines: bool = False) -> str:
 
     Unicode categories C*, Zl and Zp (Unicode Standard, section 4.5), but for the tab.
     """
+    if text.isprintable():  # nothing of C* and, of Z*, only the space (docs of str.isprintable)
+        return text
     kept = "\t\n" if keep_newlines else "\t"
     return "".join(c if c in kept or _is_shown(c) else _escaped(c) for c in text)
 

@@ -70,7 +70,10 @@ class Supervisor:
         """
         try:
             if handle_signals:
-                for number in (signal.SIGINT, signal.SIGTERM):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    # What nohup(1) set is kept: whoever started us does not want to be hung up.
+                    if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                        continue
                     self._loop.on_signal(number, self._on_stop_request)
             self._loop.call_soon(self._start)
             self._loop.run()

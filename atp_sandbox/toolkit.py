@@ -201,6 +201,8 @@ class ServedToolkit:
         if is_first:
             self._settle_lifetime(threads)
             self._listener.toolkit_discovered(self, discovery)
+        if self.lifetime.kind is not LifetimeKind.JAIL:
+            jail.seal_import()
         if self.state is State.SERVING:
             self._obey(self._pool.supply_up(self._loop.now()))
 

@@ -174,7 +174,7 @@ def test_result_larger_than_the_output_limit_names_it(node: ServedNode) -> None:
 
     exact = MIB - 2  # the quotation marks count
     assert len(node.inside(answer_of, exact)) == exact
-    for size in (exact + 1, 60_000_000):
+    for size in (exact + 1, MIB, MIB + 100, MIB + 5_000, 60_000_000):
         ticket = node.begin_inside(answer_of, size)
         node.finish(ticket)
         assert ticket.failure.kind is Kind.OUTPUT_LIMIT

@@ -128,14 +128,18 @@ def silent_network(tmp_path_factory: pytest.TempPathFactory) -> faults.InBackgro
 def shared(
     tmp_path_factory: pytest.TempPathFactory, silent_network: faults.InBackground
 ) -> Iterator[Session]:
-    session = Session(tmp_path_factory.mktemp("faults"), ("crash",), time="4s", concurrency=8)
+    session = Session(tmp_path_factory.mktemp("faults"), ("crash",), time="6s", concurrency=8)
     yield session
     session.close()
 
 
 @pytest.mark.parametrize("name", faults.SHARED)
 def test_fault(name: str, shared: Session) -> None:
-    assert faults.SHARED[name](shared) == []
+    problems = faults.SHARED[name](shared)
+    if problems and all(problem.startswith(faults.BY_CLOCK) for problem in problems):
+        print("looked at twice; the first time:", problems)
+        problems = faults.SHARED[name](shared)
+    assert problems == []
 
 
 @pytest.mark.parametrize("name", faults.OWN_SESSION)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import NodeMaker, toolkit_text
 
-import atp_sandbox.jails.jail as jail_module
+import atp_sandbox.jails.launch as launch_module
 from atp_sandbox.errors import IsolationError
 from atp_sandbox.jails.jail import SetupFailure
 from atp_sandbox.jails.remedies import REMEDIES, isolation_error
@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_refused_step_stops_the_start_and_names_layer_cause_and_tip(
     make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, step: str
 ) -> None:
-    build = jail_module.jail_plan
+    build = launch_module.jail_plan
     monkeypatch.setattr(
-        jail_module, "jail_plan", lambda *args, **kwargs: {**build(*args, **kwargs), key: value}
+        launch_module, "jail_plan", lambda *args, **kwargs: {**build(*args, **kwargs), key: value}
     )
     node = make_node(toolkit_text())
     assert isinstance(node.error, IsolationError)

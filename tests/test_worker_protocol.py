@@ -54,6 +54,9 @@ def forge(what: str) -> str:
             channel.sendall(b"\0\0\0\x04\xc1\xc1\xc1\xc1")
         case "endless frame":
             channel.sendall(b"\xff\xff\xff\xff" + b"x" * 100)
+        case "head of an endless answer":
+            whole = frames.encode("answer", call_id, "result", b"x" * 5_000_000)
+            channel.sendall(whole[:1000])
         case "a descriptor":
             rights = array.array("i", [os.open("/dev/null", os.O_RDONLY)])
             channel.sendmsg([answer], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
@@ -76,7 +79,8 @@ def forge(what: str) -> str:
         ("unknown message", {Kind.CRASHED}),
         ("ready again", {Kind.CRASHED}),
         ("garbage", {Kind.CRASHED}),
-        ("endless frame", {Kind.OUTPUT_LIMIT}),
+        ("endless frame", {Kind.CRASHED}),
+        ("head of an endless answer", {Kind.OUTPUT_LIMIT}),
         ("a descriptor", {Kind.CRASHED}),
         # Where a tool may not fork, it is its own exception.
         ("another process", {Kind.CRASHED, Kind.TOOL_ERROR}),

@@ -169,19 +169,21 @@ def _check_size(result: Any, most_bytes: int) -> None:
     if type(result) not in (str, list, tuple, dict):
         return
     seen = 0
+    visited = set()  # a container that holds itself is refused where it is encoded
     rest: List[Any] = [result]
     while rest:
         value = rest.pop()
         kind = type(value)
         if kind is str:
             seen += len(value)
-        elif kind is dict:
-            seen += 4 * len(value)
-            rest.extend(value)
-            rest.extend(value.values())
-        elif kind is list or kind is tuple:
+        elif kind is dict or kind is list or kind is tuple:
+            if id(value) in visited:
+                continue
+            visited.add(id(value))
             seen += 2 * len(value)
             rest.extend(value)
+            if kind is dict:
+                rest.extend(value.values())
         if seen > most_bytes:
             raise _TooLarge(seen)
 

@@ -7,7 +7,7 @@ tables below has them; any other is refused by its first byte, before anything i
 frame longer than the reader allows is a violation too. After one the stream is unusable and its
 peer ends.
 
-    supervisor → warden     slot, measure, kill
+    supervisor → warden     slot, measure, seal
     warden → supervisor     up, failed, slot_ready, measured, exited
     supervisor → zygote     go, fork, become
     zygote → supervisor     refused, locked, discovered, broken, stopped, fork_failed
@@ -62,7 +62,7 @@ _KINDS = _kinds()
 TO_WARDEN = {
     "slot": (INT,),  # slot: mount a fresh scratch directory for it, in place of what it had
     "measure": (INT,),  # slot: is it full?
-    "kill": (ARRAY,),  # process ids inside the jail
+    "seal": (),  # the import is over: its scratch is read-only from now on
 }
 FROM_WARDEN = {
     "up": (INT,),  # the zygote's process id inside the jail
@@ -120,11 +120,16 @@ def encode(name: str, *values: Value) -> bytes:
     return _header.pack(len(body)) + body
 
 
+_BESIDE_RESULT_BYTES = 64 * 1024
+
+
 def oversize_head(call_id: bytes, result_bytes: int) -> bytes:
     """The beginning of the frame that would answer `call_id` with a result of `result_bytes`.
 
     A worker sends it in place of a result that is too large anyway; `is_oversize` knows it again.
+    More is announced than a reader allows a frame beside its result, so that none waits for it.
     """
+    result_bytes += _BESIDE_RESULT_BYTES
     head = _answer_head(call_id) + b"\xc6" + _header.pack(result_bytes)
     return _header.pack(len(head) + result_bytes) + head + bytes(HEAD_BYTES)
 

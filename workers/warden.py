@@ -1,8 +1,8 @@
 """The jail's first process: ours, privileged inside its user namespace only, and dull on purpose.
 
-It reaps every process of the jail, mounts and unmounts scratch, kills what it is told to, and ends
-everything by ending itself: when the supervisor goes, its channel closes, and the kernel kills the
-whole PID namespace. It never runs toolkit code and holds no toolkit data.
+It reaps every process of the jail, mounts and unmounts scratch, and ends everything by ending
+itself: when the supervisor goes, its channel closes, and the kernel kills the whole PID namespace.
+It never runs toolkit code and holds no toolkit data.
 """
 
 from __future__ import annotations
@@ -120,14 +120,8 @@ def _obey(message: frames.Message, slots: scratch.Slots, replies: List[bytes]) -
         replies.append(frames.encode("slot_ready", message[1], was_full))
     elif name == "measure":
         replies.append(frames.encode("measured", message[1], slots.is_full(message[1])))
-    elif name == "kill":
-        for pid in message[1]:
-            # Safe: only this process reaps, so a number of a child cannot have been used again.
-            if pid > 1:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+    elif name == "seal":
+        slots.seal_import()
 
 
 def _reap() -> List[bytes]:

@@ -105,6 +105,10 @@ class Jail:
     def worker_numbers(self) -> list[int]:
         return list(self._workers)
 
+    def seal_import(self) -> None:
+        """Make what the import left in its scratch read-only, before the first worker starts."""
+        self._warden_channel.send(frames.encode("seal"))
+
     def start_worker(self, number: int) -> None:
         """Have the zygote fork worker `number`; `worker_ready` follows, or `worker_exited`."""
         self._waiting_for_slot.append(("fork", number))
@@ -307,7 +311,7 @@ class Jail:
         else:
             self._finish_worker(worker, exited)
         self._strays = set(left)
-        self._kill_strays()
+        self._look_for_strays()
 
     def _adopt_silent_exit(self, inner_pid: int, exited: Exited) -> None:
         """A child ended that never spoke: a stray, or a worker whose first word is still unread."""
@@ -344,17 +348,18 @@ class Jail:
         self._fresh_slots.append(slot)
         self._start_waiting()
 
-    def _kill_strays(self) -> None:
-        """End processes that outlived the worker that made them.
+    def _look_for_strays(self) -> None:
+        """End the jail if a process runs in it that we know nothing of.
 
+        No worker can start one, so only a zygote that skips its workers' confinement makes them.
         While a worker is starting, a child of the warden that we do not know may be that one.
         """
         if any(worker.inner_pid == 0 for worker in self._workers.values()):
             return
         strays = self._strays - self._by_inner_pid.keys() - {self._zygote_inner_pid}
         self._strays = set()
-        if strays and not self._is_closed:
-            self._warden_channel.send(frames.encode("kill", sorted(strays)))
+        if strays:
+            self._end("an unknown process ran in it")
 
     def _on_zygote(self, message: frames.Message, sender: int) -> None:
         name = message[0]
@@ -444,7 +449,7 @@ class Jail:
         if not is_zygote:
             self._by_inner_pid[status.inner_pid] = worker
         self._listener.worker_ready(self, worker.number)
-        self._kill_strays()
+        self._look_for_strays()
 
     def _on_worker_closed(self, worker: Worker, error: frames.FrameError | None) -> None:
         if error is not None:

@@ -39,6 +39,8 @@ from .harness import (
     shorten,
 )
 
+BY_CLOCK = ("O1, pings", "O3: bystanders' p99")
+"""How problems begin that a machine which is busy otherwise explains."""
 ECHO = {"arm": ARM, "value": 1}
 INERT = {"arm": "not armed"}
 
@@ -112,7 +114,7 @@ def _bystanders(
         problems.append(f"O3: bystanders' p99 of {len(seconds)}: {percentile(seconds, 0.99):.3f} s")
     slow = [s for _, s, _ in backend.round_trips[first_trip:] if s > 1.0]
     if slow:
-        problems.append(f"O1: {len(slow)} pings took more than a second")
+        problems.append(f"O1, pings: {len(slow)} took more than a second, {max(slow):.2f} s")
 
 
 # -- the connection --------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from . import syscalls
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 
 
+IMPORT_SLOT = 0
+
+
 def slot_path(slot: int) -> str:
     """Where slot number `slot` is inside the jail."""
     return f"/scratch/{slot}"
@@ -33,6 +36,15 @@ class Slots:
             syscalls.unmount(slot_path(slot), syscalls.MNT_DETACH)
         syscalls.mount("scratch", slot_path(slot), "tmpfs", _FLAGS, self._options)
         self._mounted.add(slot)
+
+    def seal_import(self) -> None:
+        """Make the import's scratch read-only: no call can harm what later calls find there.
+
+        A bind over itself, since a mount in use for writing cannot be made read-only in place.
+        """
+        path = slot_path(IMPORT_SLOT)
+        syscalls.mount(path, path, None, syscalls.MS_BIND)
+        syscalls.mount_set_attributes(path, syscalls.MOUNT_ATTR_RDONLY, recursive=False)
 
     def is_full(self, slot: int) -> bool:
         """Whether no further page or no further file fits into the slot (statvfs(3))."""
