@@ -34,6 +34,8 @@ class Limits:
 
     time_s: float = 30.0
     """From receipt of a request to its answer, waiting in the queue included."""
+    cpu_s: float | None = None
+    """Processor time of one call, all its threads together; None: as much as its time allows."""
     import_time_s: float = 30.0
     """From the start of a jail to the end of the toolkit's import."""
     memory_bytes: int = 256 * MIB

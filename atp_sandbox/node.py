@@ -15,6 +15,7 @@ from typing import Protocol
 from atp_sandbox import log
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
+from atp_sandbox.jails.cgroups import CgroupTree, detect, remove_stale
 from atp_sandbox.jails.snapshot import SnapshotHold, take_snapshot
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
@@ -23,7 +24,7 @@ from atp_sandbox.settings import ToolkitSettings
 from atp_sandbox.state import prepare
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
-MEMORY_SAMPLE_S = 0.02
+USAGE_SAMPLE_S = 0.02
 """Between two looks at what running calls use; a page fault costs 4 µs, so 20 MB slip through."""
 OUTPUT_S = 1.0
 """Between two looks at what toolkits print outside of calls."""
@@ -49,11 +50,12 @@ class Node:
         self._listener = listener
         self._store = state_dir / "snapshots"
         self._mountpoint = _make_mountpoint(state_dir)
+        self._cgroups = _make_cgroups()
         self._holds: list[SnapshotHold] = []
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
         self._discovering: set[str] = set()
-        self._memory_timer: Timer | None = None
+        self._usage_timer: Timer | None = None
         self._output_timer: Timer | None = None
 
     @property
@@ -75,12 +77,14 @@ class Node:
         for line in snapshot.skipped:
             log.emit(log.WARNING, "snapshot_skipped", line, toolkit=settings.name)
         self._holds.append(SnapshotHold(snapshot))
-        toolkit = ServedToolkit(self._loop, settings, snapshot, self._mountpoint, self)
+        toolkit = ServedToolkit(
+            self._loop, settings, snapshot, self._mountpoint, self._cgroups, self
+        )
         self._toolkits[settings.name] = toolkit
         self._to_discover.append(toolkit)
         self._discover_next()
-        if self._memory_timer is None:
-            self._watch_memory()
+        if self._usage_timer is None:
+            self._watch_usage()
             self._log_output()
 
     def submit(self, call: NodeCall) -> None:
@@ -103,7 +107,7 @@ class Node:
 
     def close(self) -> None:
         """End every jail and give back what the node owned. Safe to call again."""
-        for timer in (self._memory_timer, self._output_timer):
+        for timer in (self._usage_timer, self._output_timer):
             if timer is not None:
                 timer.cancel()
         for toolkit in self._toolkits.values():
@@ -111,6 +115,8 @@ class Node:
         for hold in self._holds:
             hold.close()
         self._holds.clear()
+        if self._cgroups is not None:
+            self._cgroups.close()
 
     # -- what toolkits tell ------------------------------------------------------------------------
 
@@ -138,10 +144,10 @@ class Node:
             self._discovering.add(toolkit.name)
             toolkit.discover()
 
-    def _watch_memory(self) -> None:
+    def _watch_usage(self) -> None:
         for toolkit in self._toolkits.values():
-            toolkit.watch_memory()
-        self._memory_timer = self._loop.call_later(MEMORY_SAMPLE_S, self._watch_memory)
+            toolkit.watch_usage()
+        self._usage_timer = self._loop.call_later(USAGE_SAMPLE_S, self._watch_usage)
 
     def _log_output(self) -> None:
         for toolkit in self._toolkits.values():
@@ -165,3 +171,21 @@ def _make_mountpoint(state_dir: Path) -> Path:
             tip="Jails are put together there; make it, empty, with mode 0755.",
         ) from error
     return path
+
+
+def _make_cgroups() -> CgroupTree | None:
+    """Control groups for our jails; None, and a warning, where none can be written."""
+    support = detect()
+    if not support.is_usable:
+        log.emit(
+            log.WARNING,
+            "cgroup_missing",
+            "no control group can be written: memory of calls is sampled, not limited by the "
+            "kernel",
+            cause=support.reason,
+            tip=support.remedy,
+        )
+        return None
+    for group in remove_stale(support):
+        log.emit(log.INFO, "cgroup_removed", "removed groups of a dead supervisor", group=group)
+    return CgroupTree(support)

@@ -16,6 +16,7 @@ from atp_sandbox import log
 from atp_sandbox.confinement.plan import ToolkitView
 from atp_sandbox.discovery import Discovery, Tool, parse_report
 from atp_sandbox.errors import SandboxError, ToolkitError
+from atp_sandbox.jails.cgroups import CallEvidence, CgroupTree
 from atp_sandbox.jails.jail import Jail, SetupFailure
 from atp_sandbox.jails.launch import JailSpec
 from atp_sandbox.jails.remedies import isolation_error
@@ -30,6 +31,8 @@ from workers.frames import FrameError, FrameTooLong, is_oversize
 
 RESTING_BYTES = 32 * 1024 * 1024
 """A zygote before its import: the interpreter and our modules, with room to spare."""
+RESTING_PROCESSES = 8
+"""Warden, zygote, and those that build and verify the jail."""
 _CALL_ID_BYTES = 16
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 30.0
@@ -77,6 +80,7 @@ class ServedToolkit:
         settings: ToolkitSettings,
         snapshot: Snapshot,
         mountpoint: Path,
+        cgroups: CgroupTree | None,
         listener: ToolkitListener,
     ) -> None:
         self._loop = loop
@@ -85,6 +89,8 @@ class ServedToolkit:
         self.lifetime = settings.lifetime
         self._snapshot = snapshot
         self._mountpoint = mountpoint
+        self._cgroups = cgroups
+        self._jails_made = 0
         self._listener = listener
         self._pool = pool.Pool(settings.limits, settings.lifetime)
         self.state = State.DISCOVERING
@@ -105,7 +111,11 @@ class ServedToolkit:
     def discover(self) -> None:
         """Launch the jail in which the toolkit is imported."""
         self._launched_at = self._loop.now()
-        self._main = Jail(self._loop, self._spec(), self)
+        try:
+            self._main = self._make_jail()
+        except SandboxError as error:
+            self._fail_import(error)
+            return
         self._import_timer = self._loop.call_later(
             self.settings.limits.import_time_s, self._on_import_timeout
         )
@@ -136,8 +146,8 @@ class ServedToolkit:
     def waiting(self) -> int:
         return self._pool.waiting
 
-    def watch_memory(self) -> None:
-        """Compare what each running call, or a running import, has added with what it may."""
+    def watch_usage(self) -> None:
+        """Compare what each running call, or a running import, has used with what it may."""
         most = self.settings.limits.memory_bytes
         if self.state in (State.DISCOVERING, State.RESTARTING) and self._main is not None:
             if self._main.zygote_memory_bytes() > most + RESTING_BYTES:
@@ -148,14 +158,16 @@ class ServedToolkit:
                     )
                 )
             return
-        over = [
-            number
-            for number, _ in self._pool.running_workers()
-            if self._jail_of(number).added_memory_bytes(number) > most
-        ]
-        for number in over:
-            failure = verdict.memory_exceeded(self.settings.limits)
-            self._obey(self._pool.stop_worker(number, failure, self._loop.now()))
+        if self._cgroups is not None and self.settings.limits.cpu_s is None:
+            return
+        limits, now = self.settings.limits, self._loop.now()
+        for number, _ in list(self._pool.running_workers()):
+            used = self._jail_of(number).usage(number)
+            # Where there is a control group, the kernel itself keeps the limit of memory.
+            if used.added_memory_bytes > most and self._cgroups is None:
+                self._obey(self._pool.stop_worker(number, verdict.memory_exceeded(limits), now))
+            elif limits.cpu_s is not None and used.cpu_s > limits.cpu_s:
+                self._obey(self._pool.stop_worker(number, verdict.cpu_exceeded(limits), now))
 
     def log_output(self) -> None:
         """Log what the toolkit printed outside of calls."""
@@ -275,13 +287,19 @@ class ServedToolkit:
         if kind == "error":
             # Whether the tool failed for want of space is seen from outside, not in its words.
             jail.measure_scratch(
-                number, lambda is_full: self._judge(number, call, kind, body, is_full)
+                number, lambda is_full: self._judge(jail, number, call, kind, body, is_full)
             )
         else:
-            self._judge(number, call, kind, body, scratch_is_full=False)
+            self._judge(jail, number, call, kind, body, scratch_is_full=False)
 
     def _judge(
-        self, number: int, call: pool.Call, kind: str, body: bytes, scratch_is_full: bool
+        self,
+        jail: Jail,
+        number: int,
+        call: pool.Call,
+        kind: str,
+        body: bytes,
+        scratch_is_full: bool,
     ) -> None:
         if self._pool.call_of(number) is not call:
             return  # concluded meanwhile, by its deadline
@@ -290,8 +308,9 @@ class ServedToolkit:
         except verdict.RuleBroken:
             self._stop(number, verdict.broke_rules())
             return
-        if scratch_is_full:
-            outcome = verdict.disk_exceeded(self.settings.limits)
+        if isinstance(outcome, Failure) and kind == "error":
+            seen = _seen(jail.counted(number), scratch_is_full)
+            outcome = verdict.judge_failure(outcome, seen, self.settings.limits)
         self._obey(self._pool.worker_answered(number, outcome, self._loop.now()))
 
     def worker_broke_rules(self, jail: Jail, number: int, error: FrameError) -> None:
@@ -315,9 +334,8 @@ class ServedToolkit:
         self._obey(self._pool.worker_hung_up(number, self._loop.now()))
 
     def worker_exited(self, jail: Jail, number: int, exited: Exited) -> None:
-        failure = verdict.crashed(exited.status)
-        if exited.scratch_was_full:
-            failure = verdict.disk_exceeded(self.settings.limits)
+        seen = _seen(exited.counted, exited.scratch_was_full)
+        failure = verdict.judge_failure(verdict.crashed(exited.status), seen, self.settings.limits)
         self._obey(self._pool.worker_exited(number, failure, self._loop.now()))
         if jail in self._own_jails:
             self._drop_own_jail(jail)
@@ -341,8 +359,12 @@ class ServedToolkit:
 
     def _start_worker(self, number: int) -> None:
         if self.lifetime.kind is LifetimeKind.JAIL:
-            jail = Jail(self._loop, self._spec(), self)
-            self._own_jails[jail] = number
+            try:
+                self._own_jails[self._make_jail()] = number
+            except SandboxError as error:
+                log.emit(log.ERROR, "jail_failed", error.message, toolkit=self.name)
+                failure = verdict.jail_lost(error.message)
+                self._obey(self._pool.worker_exited(number, failure, self._loop.now()))
         elif self._main is not None:
             self._main.start_worker(number)
 
@@ -400,6 +422,20 @@ class ServedToolkit:
         self._obey(self._pool.tick(self._loop.now()))
 
     # -- jails -------------------------------------------------------------------------------------
+
+    def _make_jail(self) -> Jail:
+        """A jail in a group of its own, as large as all calls together may get."""
+        limits = self.settings.limits
+        self._jails_made += 1
+        group = None
+        if self._cgroups is not None:
+            calls = 1 if self.lifetime.kind is LifetimeKind.JAIL else 2 * limits.concurrency
+            group = self._cgroups.jail(
+                f"{self.name}-{self._jails_made}",
+                memory_bytes=RESTING_BYTES + (1 + calls) * limits.memory_bytes,
+                pids_max=RESTING_PROCESSES + calls * limits.processes,
+            )
+        return Jail(self._loop, self._spec(), group, self)
 
     def _spec(self) -> JailSpec:
         snapshot = self._snapshot
@@ -496,3 +532,9 @@ class ServedToolkit:
         printed = jail.output.take().strip()
         if printed:
             log.emit(log.INFO, "toolkit_output", printed, toolkit=self.name)
+
+
+def _seen(counted: CallEvidence | None, scratch_was_full: bool) -> verdict.Seen:
+    if counted is None:
+        return verdict.Seen(scratch_was_full=scratch_was_full)
+    return verdict.Seen(counted.oom_kills, counted.pids_refused, scratch_was_full)

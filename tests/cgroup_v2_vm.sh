@@ -79,7 +79,7 @@ for dir in $(dirname $python) /root; do while [ "$dir" != / ]; do chmod a+x $dir
 uname -r
 for module in zsmalloc lzo-rle lzo_rle zram; do [ -e /modules/$module.ko ] && insmod /modules/$module.ko; done
 check() { echo "== $1"; shift; "$@"; echo "exit $?"; }
-tests="$python -m pytest -q -p no:cacheprovider -c /dev/null --rootdir /project --timeout 60 /project/tests/test_cgroups.py -rs"
+tests="$python -m pytest -q -p no:cacheprovider -c /dev/null --rootdir /project -p pytest_timeout --timeout 100 /project/tests/test_cgroups.py -rs"
 run_in() { group=$1; shift; sh -c 'echo $$ > '$group'/cgroup.procs && exec "$@"' sh "$@"; }
 swap_on() { echo 1G > /sys/block/zram0/disksize; mkswap /dev/zram0 && swapon /dev/zram0; cat /proc/swaps; }
 C=/sys/fs/cgroup

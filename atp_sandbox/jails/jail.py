@@ -18,6 +18,7 @@ from typing import Protocol
 import psutil
 
 from atp_sandbox.confinement.plan import FIRST_SLOTS, slot_count
+from atp_sandbox.jails.cgroups import CallEvidence, CallGroup, CgroupError, JailGroup
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.launch import JailSpec, allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
@@ -38,6 +39,15 @@ class SetupFailure:
 
     step: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a call has used so far."""
+
+    added_memory_bytes: int
+    """Resident memory beyond what every worker of its zygote starts with."""
+    cpu_s: float
 
 
 class JailListener(Protocol):
@@ -77,14 +87,19 @@ _ZYGOTE_MAY_SAY = {
 class Jail:
     """A warden, a zygote and its workers."""
 
-    def __init__(self, loop: Loop, spec: JailSpec, listener: JailListener) -> None:
+    def __init__(
+        self, loop: Loop, spec: JailSpec, group: JailGroup | None, listener: JailListener
+    ) -> None:
+        """`group` is owned from here on; None where no control group can be made."""
         self._loop = loop
+        self._group = group
         self._spec = spec
         self._listener = listener
         self._workers: dict[int, Worker] = {}
         self._by_inner_pid: dict[int, Worker] = {}
         self._fresh_slots: list[int] = []
         self._waiting_for_slot: list[tuple[str, int]] = []
+        self._groups_to_give_back: dict[int, CallGroup] = {}
         self._strays: set[int] = set()
         self._resting_bytes = 0
         self._zygote_inner_pid = 0
@@ -132,6 +147,8 @@ class Jail:
         worker = self._workers.get(number)
         if worker is not None and worker.channel is not None:
             worker.owes_answer = True
+            if worker.group is not None:
+                worker.group.restart()
             worker.channel.send(frames.encode("call", call_id, index, params, token, sample))
 
     def take_output(self, number: int) -> str:
@@ -156,18 +173,27 @@ class Jail:
             # It never said who it is, so there is nobody to aim at but the jail.
             self._end(f"worker {number} did not start")
 
-    def added_memory_bytes(self, number: int) -> int:
-        """Resident memory that worker `number` has beyond what it started with (psutil sample)."""
+    def counted(self, number: int) -> CallEvidence | None:
+        """What the control group of worker `number` counted for its call; None without one."""
+        worker = self._workers.get(number)
+        return worker.group.evidence() if worker and worker.group else None
+
+    def usage(self, number: int) -> Usage:
+        """What worker `number` uses now, seen from outside: its group's count, else a sample."""
         worker = self._workers.get(number)
         if worker is None or worker.handle is None or worker.exited is not None:
-            return 0
+            return Usage(0, 0.0)
+        cpu_s = worker.group.evidence().cpu_s if worker.group is not None else 0.0
         try:
-            if worker.memory is None:
-                worker.memory = psutil.Process(worker.handle.pid)
-            rss: int = worker.memory.memory_info().rss
+            if worker.usage is None:
+                worker.usage = psutil.Process(worker.handle.pid)
+            if not cpu_s:
+                times = worker.usage.cpu_times()
+                cpu_s = times.user + times.system
+            rss: int = worker.usage.memory_info().rss
         except psutil.Error:
-            return 0
-        return max(0, rss - self._resting_bytes)
+            return Usage(0, cpu_s)
+        return Usage(max(0, rss - self._resting_bytes), cpu_s)
 
     def zygote_memory_bytes(self) -> int:
         """Resident memory of the zygote; 0 if it is gone."""
@@ -191,7 +217,6 @@ class Jail:
         self._zygote_channel.close()
         for worker in self._workers.values():
             worker.close()
-        self._workers.clear()
         self.output.close()
         self._reap_builder()
         if self._warden_handle is not None:
@@ -200,6 +225,9 @@ class Jail:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._warden_pid, 0)
             self._warden_handle.close()
+        self._workers.clear()
+        if self._group is not None:
+            self._group.close()
         release_id(self._outside_id)
 
     # -- set-up ------------------------------------------------------------------------------------
@@ -270,6 +298,13 @@ class Jail:
             return
         self._phase = Phase.IMPORTING
         self._fresh_slots += range(1, FIRST_SLOTS)
+        if self._group is not None:
+            try:
+                self._group.add(self._warden_pid)
+                self._group.add(pid)
+            except (CgroupError, ProcessLookupError) as error:
+                self._fail_setup("cgroup", str(error))
+                return
         self._zygote_pid = pid
         self._zygote_channel.peer_pid = pid
         assert self._setup_timer is not None
@@ -327,8 +362,12 @@ class Jail:
             worker.channel.read_now()
         if self._is_closed or worker.exited is not None:
             return
+        if worker.group is not None:
+            exited = replace(exited, counted=worker.group.evidence())
         worker.exited = exited
         self._by_inner_pid.pop(worker.inner_pid, None)
+        if worker.group is not None:
+            self._groups_to_give_back[worker.slot] = worker.group
         self._warden_channel.send(frames.encode("slot", worker.slot))
         if not worker.owes_answer and not worker.on_measured:
             self._forget(worker, exited)
@@ -342,6 +381,10 @@ class Jail:
         self._workers.pop(worker.number, None)
 
     def _on_slot_ready(self, slot: int, was_full: bool) -> None:
+        # Its files were charged to its group until now.
+        group = self._groups_to_give_back.pop(slot, None)
+        if group is not None:
+            group.give_back()
         for worker in list(self._workers.values()):
             if worker.slot == slot and worker.exited is not None:
                 self._forget(worker, replace(worker.exited, scratch_was_full=was_full))
@@ -440,6 +483,18 @@ class Jail:
         if status.parent_pid != self._warden_pid:
             self._end("a worker is no child of its warden")
             return
+        if self._group is not None:
+            try:
+                worker.group = self._group.take_call(
+                    memory_bytes=self._spec.limits.memory_bytes,
+                    pids_max=self._spec.limits.processes,
+                )
+                worker.group.add(pid)
+            except ProcessLookupError:
+                return
+            except CgroupError as error:
+                self._end(f"a worker could not be limited: {error}")
+                return
         worker.channel.peer_pid = pid
         worker.inner_pid = status.inner_pid
         if not self._resting_bytes:

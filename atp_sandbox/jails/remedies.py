@@ -39,7 +39,9 @@ REMEDIES = {
     "hostname": _NAMESPACES,
     "loopback": Remedy("network namespace", "The kernel needs CONFIG_NET_NS."),
     "scratch": Remedy("scratch directories", "The kernel must allow tmpfs in user namespaces."),
-    "resource_limits": Remedy("resource limits", "Raise the hard limits of the supervisor (ulimit)."),
+    "resource_limits": Remedy(
+        "resource limits", "Raise the hard limits of the supervisor (ulimit)."
+    ),
     "capabilities": Remedy("capabilities", "The kernel refused to drop them; report it."),
     "landlock": Remedy(
         "Landlock",
@@ -50,6 +52,7 @@ REMEDIES = {
         "seccomp",
         "The kernel needs CONFIG_SECCOMP_FILTER; a filter around us must allow seccomp(2).",
     ),
+    "cgroup": Remedy("control groups", "See `atp-sandbox doctor`."),
     "verification": Remedy("verification", "This is a bug or an unsupported kernel; report it."),
     "start": Remedy("start of the jail", "Look at the cause; the machine may be out of memory."),
 }

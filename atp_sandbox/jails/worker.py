@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from atp_sandbox.jails.cgroups import CallEvidence, CallGroup
 from atp_sandbox.jails.channel import Channel
 from atp_sandbox.jails.output import OutputPipe
 from atp_sandbox.jails.processes import ProcessHandle
@@ -21,6 +22,8 @@ class Exited:
     peak_bytes: int
     scratch_was_full: bool = False
     """Known only of a process that ended without an answer."""
+    counted: CallEvidence | None = None
+    """What its control group counted; None where there is none."""
 
 
 class Worker:
@@ -34,7 +37,8 @@ class Worker:
         self.channel: Channel | None = None
         self.handle: ProcessHandle | None = None
         self.inner_pid = 0
-        self.memory: psutil.Process | None = None
+        self.group: CallGroup | None = None
+        self.usage: psutil.Process | None = None
         self.exited: Exited | None = None
         self.owes_answer = False
         self.on_measured: list[Callable[[bool], None]] = []

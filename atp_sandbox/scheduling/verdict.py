@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 
 from atp_sandbox.limits import Limits, format_duration, format_size
 from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success
@@ -61,6 +62,20 @@ def output_exceeded(limits: Limits) -> Failure:
     return Failure(Kind.OUTPUT_LIMIT, sentence, Limit("output", limits.output_bytes, "bytes"))
 
 
+def cpu_exceeded(limits: Limits) -> Failure:
+    """Processor time that we measured from outside."""
+    assert limits.cpu_s is not None
+    allowed = format_duration(limits.cpu_s)
+    sentence = f"The tool was stopped: processor time limit of {allowed} exceeded."
+    return Failure(Kind.CPU_LIMIT, sentence, Limit("cpu", limits.cpu_s, "s"))
+
+
+def processes_exceeded(limits: Limits) -> Failure:
+    """The call failed, and the kernel counted that it was refused a thread or process."""
+    sentence = f"The tool failed at its limit of {limits.processes} processes and threads."
+    return Failure(Kind.PROCESS_LIMIT, sentence, Limit("processes", limits.processes, "processes"))
+
+
 def disk_exceeded(limits: Limits) -> Failure:
     """The call failed, and its scratch directory was found full by the warden."""
     allowed = f"{format_size(limits.scratch_bytes)} and {limits.scratch_files} files"
@@ -72,6 +87,28 @@ def overloaded(waiting: int, retry_after_s: float) -> Failure:
     """The queue is full."""
     sentence = f"Too many calls: {waiting} are waiting for this toolkit. Try again later."
     return Failure(Kind.OVERLOADED, sentence, retry_after_s=round(retry_after_s, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen from outside of a call that failed."""
+
+    oom_kills: int = 0
+    """Processes of the call that the kernel ended for want of memory."""
+    pids_refused: int = 0
+    """Processes and threads that the kernel refused it."""
+    scratch_was_full: bool = False
+
+
+def judge_failure(own: Failure, seen: Seen, limits: Limits) -> Failure:
+    """`own`, what the tool raised or how it ended, unless a limit was seen to be hit."""
+    if seen.oom_kills:
+        return memory_exceeded(limits)
+    if seen.scratch_was_full:
+        return disk_exceeded(limits)
+    if seen.pids_refused:
+        return processes_exceeded(limits)
+    return own
 
 
 def crashed(status: int | None) -> Failure:
