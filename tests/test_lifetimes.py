@@ -161,6 +161,51 @@ def test_scratch_is_limited_in_size_and_files(make_node: NodeMaker) -> None:
     node.assert_healthy()
 
 
+def warden_of_this_process() -> psutil.Process:
+    """The one jail's first process, which is a child of ours."""
+    children = psutil.Process().children()
+    (warden,) = (child for child in children if child.status() != psutil.STATUS_ZOMBIE)
+    return warden
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("error", Kind.TOOL_ERROR, "the tool's own words"),
+        ("exit", Kind.CRASHED, "exit status 7"),
+        ("signal", Kind.CRASHED, "SIGABRT"),
+    ],
+)
+def test_end_of_a_call_is_told_as_it_was_however_late_the_warden_speaks(
+    make_node: NodeMaker, how: str, kind: Kind, said: str
+) -> None:
+    """As on a machine where the warden waits half a second for its turn."""
+
+    def end(how: str) -> None:
+        import os
+        import time
+
+        time.sleep(0.3)
+        match how:
+            case "exit":
+                os._exit(7)
+            case "signal":
+                os.abort()
+            case _:
+                raise ValueError("the tool's own words")
+
+    node = make_node(toolkit_text(BODY))
+    ticket = node.begin_inside(end, how)
+    node.until(lambda: node.toolkit is not None and node.toolkit.running == 1, "one at work")
+    warden = warden_of_this_process()
+    warden.suspend()
+    node.loop.run_until(lambda: False, 1.0)
+    warden.resume()
+    node.finish(ticket)
+    assert ticket.failure.kind is kind
+    assert said in ticket.failure.error
+
+
 @pytest.mark.parametrize("victim", ["warden", "zygote"])
 def test_loss_of_a_jail_is_answered_and_the_toolkit_comes_back(
     make_node: NodeMaker, victim: str
@@ -171,7 +216,7 @@ def test_loss_of_a_jail_is_answered_and_the_toolkit_comes_back(
         time.sleep(1000)
 
     node = make_node(toolkit_text(BODY))
-    (warden,) = [c for c in psutil.Process().children() if "boot.py" in " ".join(c.cmdline())]
+    warden = warden_of_this_process()
     zygote = min(warden.children(), key=psutil.Process.create_time)
     running = node.begin_inside(wait)
     node.until(lambda: node.toolkit is not None and node.toolkit.running == 1, "one at work")

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def refused_by_name(profile: Profile) -> list[tuple[str, int]]:
 
 
 def answers_of(profiles: Profiles, names: Sequence[str]) -> dict[str, int]:
-    """The errno of each call with all bits set in each argument, which no call can make sense of."""
+    """The errno of each call with all bits set in each argument, which makes sense to none."""
 
     def attempt() -> dict[str, int]:
         return {name: call(name, *GENTLE.get(name, (-1,) * 6)) for name in names}
@@ -254,6 +255,9 @@ def victim() -> Iterator[int]:
         process.kill()
 
 
+LIMIT = (ctypes.c_uint64 * 2)(1000, 1000)
+ALL_CPUS = ctypes.c_uint64(0xFFFFFFFF)
+ZERO = (ctypes.c_int * 12)()
 SENDERS: dict[str, Callable[[int], int]] = {
     "kill": lambda pid: call("kill", pid, 0),
     "tgkill": lambda pid: call("tgkill", pid, pid, 0),
@@ -276,10 +280,6 @@ SENDERS: dict[str, Callable[[int], int]] = {
     "ioprio_set": lambda pid: call("ioprio_set", 1, pid, 2 << 13),
     "ioprio_set, group": lambda pid: call("ioprio_set", 2, 0, 2 << 13),
 }
-LIMIT = (ctypes.c_uint64 * 2)(1000, 1000)
-ALL_CPUS = ctypes.c_uint64(0xFFFFFFFF)
-ZERO = (ctypes.c_int * 12)()
-NOT_FOR_A_ZYGOTE = {"everyone", "everyone, upper half", "pid 1", "process group"}
 SIGNALS_TO_ONE = {"kill", "tgkill", "tkill", "pidfd"}
 
 
@@ -379,9 +379,7 @@ def test_most_of_those_sockets_exist_without_the_filter() -> None:
     if os.geteuid() != 0:
         pytest.skip("raw and packet sockets need root without a filter as well")
     opened = [
-        n
-        for n, arguments, _ in SOCKETS
-        if in_child(OPEN, lambda a=arguments: call("socket", *a)) == 0
+        n for n, arguments, _ in SOCKETS if in_child(OPEN, partial(call, "socket", *arguments)) == 0
     ]
     assert {"netlink", "netlink, upper half", "packet", "vsock", "raw", "mptcp"} <= set(opened)
 
@@ -400,8 +398,8 @@ def test_datagrams_are_for_an_import_but_not_for_a_worker() -> None:
         for kind in (2, 2 | 0x80800):
             for protocol in (0, 17):
                 arguments = (int(family), kind, protocol)
-                assert in_child(BASE, lambda a=arguments: call("socket", *a)) == 0
-                refused(BOTH, lambda a=arguments: call("socket", *a), errno.EAFNOSUPPORT)
+                assert in_child(BASE, partial(call, "socket", *arguments)) == 0
+                refused(BOTH, partial(call, "socket", *arguments), errno.EAFNOSUPPORT)
 
 
 def test_a_worker_offers_nothing_to_other_calls() -> None:
@@ -522,7 +520,7 @@ def test_no_worker_installs_a_filter_and_nobody_a_listener() -> None:
     set_mode_filter, new_listener, tsync = 1, 8, 1
     refused(BOTH, lambda: call("seccomp", set_mode_filter, 0, 0), errno.EPERM)
     for flags in (new_listener, tsync):
-        refused(BASE, lambda f=flags: call("seccomp", set_mode_filter, f, 0), errno.EPERM)
+        refused(BASE, partial(call, "seccomp", set_mode_filter, flags, 0), errno.EPERM)
     refused(BOTH, lambda: call("landlock_create_ruleset", 0, 0, 1), errno.EPERM)
 
 
@@ -574,7 +572,7 @@ def test_a_worker_does_not_see_the_names_of_new_files(tmp_path: Path) -> None:
 def test_without_sockets_there_are_only_pairs() -> None:
     closed = seccomp_profiles.without_sockets(ZYGOTE)
     for arguments in [(1, 1, 0), (2, 1, 0), (16, 3, 0)]:
-        refused((closed,), lambda a=arguments: call("socket", *a), errno.EACCES)
+        refused((closed,), partial(call, "socket", *arguments), errno.EACCES)
     assert in_child((closed,), lambda: len(socket.socketpair())) == 2
 
 
@@ -596,7 +594,7 @@ def test_a_missing_filter_does_not_verify() -> None:
     assert in_child(OPEN, lambda: seccomp.verify(ZYGOTE, 1)) == errno.EPROTO
     assert in_child(BASE, lambda: seccomp.verify(ZYGOTE, 2)) == errno.EPROTO
     for profile in (ZYGOTE, SUBPROCESS, LONE_WORKER, WORKER):
-        assert in_child(OPEN, lambda p=profile: seccomp.verify_answers(p)) == errno.EPROTO
+        assert in_child(OPEN, partial(seccomp.verify_answers, profile)) == errno.EPROTO
     # Installed, but something that lets everything pass.
     nothing = Profile("nothing", (Group("g", "", "read"),), ALLOW, ())
     assert in_child((nothing,), lambda: seccomp.verify(ZYGOTE, 1)) == errno.EPROTO

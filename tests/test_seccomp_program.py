@@ -93,11 +93,15 @@ def holds(test: Arg, argument: int) -> bool:
     return low >= test.values[0] if test.least else low in test.values
 
 
+def numbers_of(group: Group, machine: str) -> set[int]:
+    return {NUMBERS[machine][n] for n in group.calls.split() if n in NUMBERS[machine]}
+
+
 def telling_arguments(profile: Profile, number: int, machine: str) -> list[Arguments]:
     """Arguments at, beside and above (in the upper half) each value that the group looks at."""
     vectors = [NONE, (-1,) * 6]
     for group in profile.groups:
-        if number not in {NUMBERS[machine].get(name) for name in group.calls.split()}:
+        if number not in numbers_of(group, machine):
             continue
         for case in group.cases:
             fitting = list(NONE)
@@ -247,13 +251,14 @@ def test_numbers_are_those_of_the_kernel_headers(machine: str, header: str) -> N
     if not os.path.exists(header):
         pytest.skip(f"no {header}: Debian's linux-libc-dev is not installed for this machine")
     text = Path(header).read_text(encoding="utf-8")
-    listed = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", text))
+    listed: list[tuple[str, str]] = re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", text)
     # Left out: 32-bit machines' calls with 64-bit times, and names that only number a range.
     skipped = {"syscalls", "arch_specific_syscall", "sync_file_range2"}
     renamed = {"fstatat": "newfstatat"} if machine == "aarch64" else {}
+    newest = max(NUMBERS[machine].values())
     compared = 0
-    for name, number in listed.items():
-        if name not in skipped and not 403 <= int(number) <= 423:
+    for name, number in listed:
+        if name not in skipped and not 403 <= int(number) <= 423 and int(number) <= newest:
             assert NUMBERS[machine][renamed.get(name, name)] == int(number), name
             compared += 1
     assert compared > 300

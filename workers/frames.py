@@ -8,7 +8,7 @@ frame longer than the reader allows is a violation too. After one the stream is 
 peer ends.
 
     supervisor → warden     slot, measure, seal
-    warden → supervisor     up, failed, slot_ready, measured, exited
+    warden → supervisor     forked, up, failed, slot_ready, measured, exited
     supervisor → zygote     go, fork, become
     zygote → supervisor     refused, locked, discovered, broken, stopped, fork_failed
     supervisor → worker     call
@@ -65,6 +65,7 @@ TO_WARDEN = {
     "seal": (),  # the import is over: its scratch is read-only from now on
 }
 FROM_WARDEN = {
+    "forked": (INT,),  # from the builder, before it ends: the warden's process id outside
     "up": (INT,),  # the zygote's process id inside the jail
     "failed": (STR, INT, STR),  # step, errno, what was attempted
     "slot_ready": (INT, BOOL),  # slot; whether what it had before was full

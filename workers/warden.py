@@ -38,7 +38,9 @@ def start(plan: Plan) -> NoReturn:
         _report_failure(channel, failed)
         os._exit(1)
     # A sibling of this process, hence the supervisor's own child and the first of the namespace.
-    if syscalls.fork_as_sibling():
+    warden_pid = syscalls.fork_as_sibling()
+    if warden_pid:
+        channel.sendall(frames.encode("forked", warden_pid))
         os._exit(0)
     try:
         _run(plan, channel)

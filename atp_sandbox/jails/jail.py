@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -219,12 +220,14 @@ class Jail:
             worker.close()
         self.output.close()
         self._reap_builder()
-        if self._warden_handle is not None:
-            self._loop.unwatch(self._warden_handle.fileno())
-            self._warden_handle.kill()
-            with contextlib.suppress(ChildProcessError):
+        if self._warden_pid:
+            # Our own child, not reaped yet: its number is its own.
+            if self._warden_handle is not None:
+                self._loop.unwatch(self._warden_handle.fileno())
+                self._warden_handle.close()
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._warden_pid, signal.SIGKILL)
                 os.waitpid(self._warden_pid, 0)
-            self._warden_handle.close()
         self._workers.clear()
         if self._group is not None:
             self._group.close()
@@ -262,11 +265,17 @@ class Jail:
         self._listener.jail_setup_failed(self, SetupFailure(step, message))
 
     def _reap_builder(self) -> None:
-        if self._builder is not None:
-            if self._warden_pid == 0:
-                self._builder.kill()
-            self._builder.wait()
-            self._builder = None
+        """The builder has ended, or ends now, and with it a warden that did not speak yet."""
+        if self._builder is None:
+            return
+        if not self._warden_pid:
+            # It leads a process group, whose number holds until it is reaped.
+            os.killpg(self._builder.pid, signal.SIGKILL)
+        self._builder.wait()
+        if not self._warden_pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-self._builder.pid, 0)
+        self._builder = None
 
     def _on_up(self, pid: int, zygote_inner_pid: int) -> None:
         """The warden speaks: it is our child, so its number cannot have been used again."""
@@ -315,6 +324,8 @@ class Jail:
 
     def _on_warden(self, message: frames.Message, sender: int) -> None:
         match message[0]:
+            case "forked":
+                self._warden_pid = message[1]
             case "failed":
                 self._fail_setup(message[1], message[3])
             case "up":

@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import platform
-from typing import Any, Optional
+from typing import Any
 
 from .syscall_numbers import NUMBERS
 
@@ -85,7 +85,7 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
-def mount(source: str, target: str, kind: Optional[str], flags: int, data: str = "") -> None:
+def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
     """mount(2)."""
     result = _libc.mount(
         os.fsencode(source),
@@ -103,7 +103,7 @@ def unmount(target: str, flags: int = MNT_DETACH) -> None:
 
 
 class _MountAttr(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 (the form that ctypes asks for)
+    _fields_ = [
         ("attr_set", ctypes.c_uint64),
         ("attr_clr", ctypes.c_uint64),
         ("propagation", ctypes.c_uint64),
@@ -146,11 +146,11 @@ def prctl(option: int, argument: int = 0) -> int:
 
 
 class _CapHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]  # noqa: RUF012
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
 
 
 class _CapData(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("effective", ctypes.c_uint32),
         ("permitted", ctypes.c_uint32),
         ("inheritable", ctypes.c_uint32),
@@ -168,9 +168,7 @@ def _child_tid_address() -> int:
     """Where the C library keeps this thread's id; 0 if the kernel does not tell."""
     address = ctypes.c_void_p(0)
     zero = ctypes.c_ulong(0)
-    result = _libc.prctl(
-        ctypes.c_int(PR_GET_TID_ADDRESS), ctypes.byref(address), zero, zero, zero
-    )
+    result = _libc.prctl(ctypes.c_int(PR_GET_TID_ADDRESS), ctypes.byref(address), zero, zero, zero)
     return 0 if result < 0 else (address.value or 0)
 
 
@@ -249,7 +247,7 @@ class _SockFprog(ctypes.Structure):
 
 
 class SeccompFilter:
-    """An array of `struct sock_filter` as seccomp(2) takes it; stays the caller's and may change."""
+    """An array of `struct sock_filter` as seccomp(2) takes it; the caller may still change it."""
 
     def __init__(self, program: bytearray) -> None:
         self._program = (ctypes.c_char * len(program)).from_buffer(program)
