@@ -37,6 +37,7 @@ class SingleToolkit:
         self._result: tuple[Outcome, str] | None = None
         self._limits = settings.limits
         self.lifetime = settings.lifetime
+        self.landlock_abi = 0
         self._node = Node(self._loop, Path(self._state.name), self)
         try:
             # One call is to come, if any: more processes ahead of need would be for nothing.
@@ -85,6 +86,7 @@ class SingleToolkit:
     def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None:
         self._name = toolkit.name
         self.lifetime = toolkit.lifetime
+        self.landlock_abi = toolkit.landlock_abi
         self._discovery = discovery
 
     def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None:

@@ -95,6 +95,7 @@ class ServedToolkit:
         self._pool = pool.Pool(settings.limits, settings.lifetime)
         self.state = State.DISCOVERING
         self.discovery: Discovery | None = None
+        self.landlock_abi = 0
         self._main: Jail | None = None
         """The jail of discovery: it goes on as the one that forks, or as the one whose threads live."""
         self._stopped_clients: set[int] = set()
@@ -207,6 +208,7 @@ class ServedToolkit:
             jail.become_worker(number)
             return
         self._cancel_import_timer()
+        self.landlock_abi = jail.landlock_abi
         is_first = self.discovery is None
         self.discovery = discovery
         self.state = State.SERVING

@@ -80,7 +80,7 @@ TO_ZYGOTE = {
 }
 FROM_ZYGOTE = {
     "refused": (STR, INT, STR),  # step of its confinement, errno, what was attempted
-    "locked": (),  # confined and verified from inside, waiting for "go"
+    "locked": (INT,),  # confined and verified from inside, waiting for "go"; Landlock's ABI
     "discovered": (BYTES,),  # JSON, see workers.discovery
     "broken": (STR, STR),  # what ended the import, the end of its traceback
     "stopped": (INT,),  # number of the client whose stop() was called

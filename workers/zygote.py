@@ -76,7 +76,7 @@ class _Zygote:
 
     def wait_for_go(self) -> None:
         """Tell that confinement is complete; the supervisor looks at it from outside first."""
-        self._send(frames.encode("locked"))
+        self._send(frames.encode("locked", self._layers.landlock_abi))
         while not self._messages:
             self._receive()
         if self._messages.popleft()[0] != "go":

@@ -13,8 +13,8 @@ from atp_sandbox.limits import Limits
 
 INSIDE_ID = 1000
 JAIL_NAME = "jail"
-MIN_LANDLOCK_ABI = 6
-"""The first with scopes, which keep the calls of a toolkit from signalling each other (6.12)."""
+MIN_LANDLOCK_ABI = 1
+"""Linux 5.13. What a later one brings is substituted: see `landlock_features`."""
 FIRST_SLOTS = 3
 """Mounted by the warden unasked: the import's, and two with which the layers are verified."""
 SPARE_SLOTS = 4

@@ -111,6 +111,8 @@ class Jail:
         self._setup_timer: Timer | None = None
         self._phase = Phase.SETTING_UP
         self._is_closed = False
+        self.landlock_abi = 0
+        """As the zygote reported it before any foreign code ran in it."""
         self.output = OutputPipe(loop)
         self._outside_id = allocate_id()
         self._launch()
@@ -424,6 +426,7 @@ class Jail:
             case "refused":
                 self._fail_setup(message[1], message[3])
             case "locked":
+                self.landlock_abi = message[1]
                 self._on_locked(sender)
             case "discovered":
                 self._phase = Phase.SERVING

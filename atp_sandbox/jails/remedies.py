@@ -45,7 +45,7 @@ REMEDIES = {
     "capabilities": Remedy("capabilities", "The kernel refused to drop them; report it."),
     "landlock": Remedy(
         "Landlock",
-        "Linux 6.12 or later with Landlock is needed: CONFIG_SECURITY_LANDLOCK=y and landlock "
+        "Linux 5.13 or later with Landlock is needed: CONFIG_SECURITY_LANDLOCK=y and landlock "
         "among lsm= on the kernel command line.",
     ),
     "seccomp": Remedy(

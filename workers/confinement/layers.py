@@ -1,7 +1,7 @@
 """The layers a zygote and a worker put on, in the order that works, and the check that they hold.
 
-The zygote confines itself step by step and prepares what each worker will need, so that a worker only
-enters. A step that is refused is named; nothing foreign has run by then.
+The zygote confines itself step by step and prepares what each worker will need, so that a worker
+only enters. A step that is refused is named; nothing foreign has run by then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
+
+
+_ABI_WITH_TRUNCATE = 3
 
 
 class Refused(Exception):
@@ -27,6 +30,7 @@ class WorkerLayers(NamedTuple):
 
     files: landlock.WorkerLayer
     calls: seccomp.Prepared
+    landlock_abi: int
 
     def enter(self, slot: int) -> None:
         """Confine this worker, which has one thread, to scratch `slot`. OSError: it must end."""
@@ -45,9 +49,9 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     _step("capabilities", privileges.drop_capabilities)
     support = landlock.probe()
     if support.abi < plan["landlock_abi"]:
-        raise Refused(
-            "landlock", 0, f"Landlock ABI {support.abi} {support.reason}, {plan['landlock_abi']} needed"
-        )
+        needed = plan["landlock_abi"]
+        found = f"Landlock ABI {support.abi} {support.reason}".rstrip()
+        raise Refused("landlock", 0, f"{found}, {needed} needed")
     tree = landlock.jail_tree()
     _step("landlock", landlock.enter_base, tree, support.abi)
     files = _step("landlock", landlock.WorkerLayer, tree, support.abi)
@@ -56,11 +60,13 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     if broken:
         raise Refused("landlock", 0, "does not hold: " + "; ".join(broken))
     base, worker = seccomp_profiles.ZYGOTE, seccomp_profiles.WORKER
+    if support.abi < _ABI_WITH_TRUNCATE:
+        worker = seccomp_profiles.without_truncate(worker)
     program = _step("seccomp", seccomp.compile_profile, worker, syscalls.MACHINE)
     calls = _step("seccomp", seccomp.Prepared, program)
     _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
     _step("seccomp", seccomp.verify, base, 1)
-    return WorkerLayers(files, calls)
+    return WorkerLayers(files, calls, support.abi)
 
 
 def _step(name: str, action: Callable[..., Any], *arguments: Any) -> Any:

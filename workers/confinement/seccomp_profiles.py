@@ -554,3 +554,9 @@ def without_sockets(base: Profile) -> Profile:
     return Profile(
         base.name + " without sockets", (*groups, closed), base.unlisted, (*probes, probe)
     )
+
+
+def without_truncate(worker: Profile) -> Profile:
+    """`worker` for Landlock before ABI 3, which does not see truncate(2) by a path."""
+    refused = Group("no truncate by path", "It would empty another call's file.", "truncate", EPERM)
+    return Profile(worker.name, (*worker.groups, refused), worker.unlisted, worker.probes)
