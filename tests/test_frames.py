@@ -270,30 +270,27 @@ def test_no_reason_repeats_what_was_in_the_frame() -> None:
         assert "SECRET" not in refused(msgpack.packb(body))
 
 
-@pytest.mark.parametrize(
-    ("table", "name", "sent"),
-    [
-        (frames.TO_WARDEN, "kill", ([2, 3],)),
-        (frames.FROM_WARDEN, "exited", (5, 9, 1_000, 2_000, [2])),
-        (frames.TO_ZYGOTE, "fork", (1, 2)),
-        (frames.FROM_ZYGOTE, "discovered", (b"{}",)),
-        (frames.TO_WORKER, "call", (b"id", 0, b"{}", None, False)),
-        (frames.FROM_WORKER, "answer", (b"id", "result", b"1")),
-    ],
+DIRECTIONS = (
+    frames.TO_WARDEN,
+    frames.FROM_WARDEN,
+    frames.TO_ZYGOTE,
+    frames.FROM_ZYGOTE,
+    frames.TO_WORKER,
+    frames.FROM_WORKER,
 )
-def test_each_direction_has_its_own_table(
-    table: dict[str, tuple[Any, ...]], name: str, sent: tuple[Any, ...]
+SAMPLES = {NONE: None, BOOL: True, INT: 7, STR: "s", BYTES: b"b", ARRAY: [1, 2]}
+
+
+@pytest.mark.parametrize("table", DIRECTIONS)
+def test_each_direction_takes_its_own_messages_and_no_other(
+    table: dict[str, tuple[Any, ...]],
 ) -> None:
-    assert Decoder(table, MOST).feed(encode(name, *sent)) == [[name, *sent]]
-    others = (
-        frames.TO_WARDEN,
-        frames.FROM_WARDEN,
-        frames.TO_ZYGOTE,
-        frames.FROM_ZYGOTE,
-        frames.TO_WORKER,
-        frames.FROM_WORKER,
-    )
-    for other in others:
-        if other is not table:
-            with pytest.raises(FrameError):
-                Decoder(other, MOST).feed(encode(name, *sent))
+    for name, columns in table.items():
+        kinds = [column if isinstance(column, tuple) else (column,) for column in columns]
+        for row in itertools.product(*kinds):
+            sent = [SAMPLES[kind] for kind in row]
+            assert Decoder(table, MOST).feed(encode(name, *sent)) == [[name, *sent]]
+            for other in DIRECTIONS:
+                if name not in other:
+                    with pytest.raises(FrameError):
+                        Decoder(other, MOST).feed(encode(name, *sent))

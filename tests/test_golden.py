@@ -317,7 +317,7 @@ def _interpreter(folder: Path, options: tuple[str, ...]) -> str:
 
 
 def _patient(run: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """The backend's `next_ws`; for the first connection it waits as long as a busy machine needs."""
+    """The backend's `next_ws`, that gives the first connection the time a busy machine needs."""
     next_ws = run.b.next_ws
 
     async def patient_next_ws(timeout: float = 10) -> Any:
@@ -933,10 +933,13 @@ def redirected_handshake_is_not_followed(_golden: Document, ours: Document) -> N
 LONG = {"ping_client_schedule", "ping_not_answered"}
 """130 s each."""
 SLOW = {
-    "base_url_forms",
+    "register_api_key_parameter_name",
+    "register_sample_returns_unserializable",
+    "register_server_down",
     "register_server_hangs",
-    "stop_from_other_thread",
-    *(f"ws_handshake_{status}" for status in (401, 403, 429, 503)),
+    "ws_handshake_429",
+    "ws_handshake_503",
+    "ws_server_down_after_registration",
 }
 
 
