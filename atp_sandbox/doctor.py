@@ -159,13 +159,14 @@ def _worker(outcome: object) -> Iterator[Finding]:
         return
     status: dict[str, str] = json.loads(outcome.result_json)
     for id_, claim, holds in (
-        ("jail.capabilities", "no capability", int(status["CapEff"], 16) == 0),
-        ("jail.no_new_privs", "no_new_privs", status.get("NoNewPrivs") == "1"),
-        ("jail.seccomp", "seccomp filters its system calls", status.get("Seccomp") == "2"),
-        ("jail.pid", "a PID namespace of its own", int(status["Pid"]) < 100),
+        ("jail.capabilities", "has no capability", int(status["CapEff"], 16) == 0),
+        ("jail.no_new_privs", "has no_new_privs set", status.get("NoNewPrivs") == "1"),
+        ("jail.seccomp", "has its system calls filtered", status.get("Seccomp") == "2"),
+        ("jail.pid", "has a PID namespace of its own", int(status["Pid"]) < 100),
     ):
         state = State.OK if holds else State.FAIL
-        yield Finding(id_, "Jail", state, f"A worker has {claim}" if holds else f"Missing: {claim}")
+        text = f"A worker {claim}" if holds else f"It does not hold that a worker {claim}"
+        yield Finding(id_, "Jail", state, text)
 
 
 def _landlock(abi: int) -> Iterator[Finding]:

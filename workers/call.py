@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from typing import Any, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, NoReturn
 
 from . import frames, stdio
 from .confinement import scratch
@@ -42,9 +42,9 @@ def prepare(registry: Registry) -> None:
 
 
 def serve(
-    plan: Dict[str, Any],
+    plan: dict[str, Any],
     registry: Registry,
-    layers: Optional[WorkerLayers],
+    layers: WorkerLayers | None,
     channel_fd: int,
     output_fd: int,
     number: int,
@@ -116,7 +116,7 @@ def _answer_one(
 
 def _receive(
     channel: socket.socket, decoder: frames.Decoder
-) -> Tuple[bytes, int, bytes, Optional[bytes], bool]:
+) -> tuple[bytes, int, bytes, bytes | None, bool]:
     while True:
         data = channel.recv(1024 * 1024)
         if not data:
@@ -130,16 +130,16 @@ def _receive(
 def _run(
     entry: Registration,
     params_json: bytes,
-    token_json: Optional[bytes],
+    token_json: bytes | None,
     is_sample: bool,
     output_bytes: int,
-) -> Tuple[str, bytes]:
+) -> tuple[str, bytes]:
     """Call the tool; ("result", JSON), ("error", sentence) or ("invalid", sentence).
 
     _TooLarge if the result's text would certainly be longer than `output_bytes`.
     """
     try:
-        arguments: Dict[str, Any] = json.loads(params_json)
+        arguments: dict[str, Any] = json.loads(params_json)
         if token_json is not None:
             _add_token(arguments, json.loads(token_json), entry, is_sample)
         result = entry.function(**arguments)
@@ -170,7 +170,7 @@ def _check_size(result: Any, most_bytes: int) -> None:
         return
     seen = 0
     visited = set()  # a container that holds itself is refused where it is encoded
-    rest: List[Any] = [result]
+    rest: list[Any] = [result]
     while rest:
         value = rest.pop()
         kind = type(value)
@@ -188,9 +188,7 @@ def _check_size(result: Any, most_bytes: int) -> None:
             raise _TooLarge(seen)
 
 
-def _add_token(
-    arguments: Dict[str, Any], token: Any, entry: Registration, is_sample: bool
-) -> None:
+def _add_token(arguments: dict[str, Any], token: Any, entry: Registration, is_sample: bool) -> None:
     """The token under each name the signature has for it; a sample call always passes it."""
     if is_sample or "auth_token" in entry.passes or "**" in entry.passes:
         arguments["auth_token"] = token

@@ -12,12 +12,12 @@ import select
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, List, NoReturn
+from typing import Any, Callable, NoReturn
 
 from . import frames, zygote
 from .confinement import namespaces, privileges, root, scratch, syscalls
 
-Plan = Dict[str, Any]
+Plan = dict[str, Any]
 
 
 class StepFailed(Exception):
@@ -53,7 +53,7 @@ def start(plan: Plan) -> NoReturn:
 
 
 def _run_steps(plan: Plan) -> None:
-    """What must happen outside the new PID namespace, in the order that works (ARCHITECTURE.md, "How a jail is made")."""
+    """What must happen outside the new PID namespace; the order is ARCHITECTURE.md's."""
     outside_id = plan["outside_id"]
     if outside_id is not None:
         _step("mount_namespace", namespaces.enter_mount_namespace)
@@ -102,7 +102,7 @@ def _serve(
         ready = {fd for fd, _ in poll.poll()}
         if wake_reader in ready:
             os.read(wake_reader, 4096)
-        replies: List[bytes] = []
+        replies: list[bytes] = []
         if channel.fileno() in ready:
             data = channel.recv(65536)
             if not data:
@@ -114,7 +114,7 @@ def _serve(
             channel.sendall(b"".join(replies))
 
 
-def _obey(message: frames.Message, slots: scratch.Slots, replies: List[bytes]) -> None:
+def _obey(message: frames.Message, slots: scratch.Slots, replies: list[bytes]) -> None:
     name = message[0]
     if name == "slot":
         was_full = slots.is_full(message[1])
@@ -126,7 +126,7 @@ def _obey(message: frames.Message, slots: scratch.Slots, replies: List[bytes]) -
         slots.seal_import()
 
 
-def _reap() -> List[bytes]:
+def _reap() -> list[bytes]:
     """One `exited` frame for every process that ended, with who is left afterwards."""
     gone = []
     while True:
@@ -144,7 +144,7 @@ def _reap() -> List[bytes]:
     return [frames.encode("exited", *row, left) for row in gone]
 
 
-def _children() -> List[int]:
+def _children() -> list[int]:
     """Process ids of our living children; orphans of the jail are among them (proc(5))."""
     fd = os.open("/proc/self/task/1/children", os.O_RDONLY | os.O_CLOEXEC)
     try:

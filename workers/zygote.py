@@ -22,7 +22,7 @@ import threading
 import traceback
 import types
 from collections import deque
-from typing import Any, Deque, Dict, List, NoReturn, Optional
+from typing import Any, NoReturn
 
 from . import call, frames, stdio
 from .atp_sdk import clients
@@ -34,7 +34,7 @@ _TRACEBACK_CHARS = 4_000
 _DESCRIPTORS_PER_FORK = 2
 
 
-def start(plan: Dict[str, Any]) -> NoReturn:
+def start(plan: dict[str, Any]) -> NoReturn:
     """Confine this process as `plan` says, wait for the supervisor's word, serve; never returns."""
     stdio.attach(plan["output_fd"])
     os.environ.clear()
@@ -55,13 +55,13 @@ def start(plan: Dict[str, Any]) -> NoReturn:
 class _Zygote:
     """Owns the control channel; decides when discovery is over; forks."""
 
-    def __init__(self, plan: Dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any]) -> None:
         self._plan = plan
         self._channel = socket.socket(fileno=plan["zygote_fd"])
         self._sending = threading.Lock()
         self._decoder = frames.Decoder(frames.TO_ZYGOTE, frames.MAX_CONTROL_BYTES)
-        self._messages: Deque[frames.Message] = deque()
-        self._descriptors: Deque[int] = deque()
+        self._messages: deque[frames.Message] = deque()
+        self._descriptors: deque[int] = deque()
         self._discovered = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -140,7 +140,7 @@ class _Zygote:
     def _disarm_interrupt(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _interrupt(self, _number: int, _frame: Optional[types.FrameType]) -> None:
+    def _interrupt(self, _number: int, _frame: types.FrameType | None) -> None:
         # Serves on top of the toolkit's main loop, which is thus never unwound nor resumed.
         if not self._discovered:
             self._finish_discovery("interrupted")
@@ -182,7 +182,7 @@ class _Zygote:
 
     # -- serving -----------------------------------------------------------------------------------
 
-    def _serve(self, until_stopped: Optional[int]) -> None:
+    def _serve(self, until_stopped: int | None) -> None:
         """Fork a worker for each request of the supervisor.
 
         Returns once that client is stopped; without one, never.
@@ -217,9 +217,7 @@ class _Zygote:
             os.close(self._wake_writer)
             # A zygote that serves itself has its jail, and may have threads, to itself.
             worker_layers = self._layers if name == "fork" else None
-            call.serve(
-                self._plan, registry, worker_layers, channel_fd, output_fd, number, slot
-            )
+            call.serve(self._plan, registry, worker_layers, channel_fd, output_fd, number, slot)
         os.close(channel_fd)
         os.close(output_fd)
 
@@ -245,7 +243,7 @@ class _Zygote:
 def _public_module() -> types.ModuleType:
     """`atp_sandbox` as a script sees it that uses the library: only the drop-in client."""
     module = types.ModuleType("atp_sandbox", "The part of atp_sandbox that exists inside a jail.")
-    names: List[str] = ["ToolKitClient"]
+    names: list[str] = ["ToolKitClient"]
     module.ToolKitClient = clients.ToolKitClient  # type: ignore[attr-defined]
     module.__all__ = names  # type: ignore[attr-defined]
     return module

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
 
-
 _ABI_WITH_TRUNCATE = 3
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from typing import Any, Dict
+from typing import Any
 
 from . import syscalls
 
@@ -30,7 +30,7 @@ def hide_from_tracers() -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
-def set_resource_limits(limits: Dict[str, Any]) -> None:
+def set_resource_limits(limits: dict[str, Any]) -> None:
     """Set each named limit, soft and hard: `{"nofile": 256, …}`."""
     for name, value in limits.items():
         number = getattr(resource, "RLIMIT_" + name.upper())

@@ -7,7 +7,7 @@ the machine's files has no name inside. mount_namespaces(7), pivot_root(2), proc
 from __future__ import annotations
 
 import os
-from typing import Any, Dict
+from typing import Any
 
 from . import syscalls
 
@@ -16,7 +16,7 @@ _PLAIN = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
-def build(plan: Dict[str, Any]) -> None:
+def build(plan: dict[str, Any]) -> None:
     """Put the new root together at `plan["mountpoint"]`; run where its sources can be reached."""
     new = plan["mountpoint"]
     syscalls.mount("jail", new, "tmpfs", _PLAIN, "mode=0755,size=1m,nr_inodes=16k")
@@ -37,7 +37,7 @@ def build(plan: Dict[str, Any]) -> None:
         )
 
 
-def enter(plan: Dict[str, Any]) -> None:
+def enter(plan: dict[str, Any]) -> None:
     """Make the built root this process's root, with a /proc of its own PID namespace.
 
     To be called by the first process of the PID namespace. The machine's files are gone afterwards.

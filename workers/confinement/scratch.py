@@ -7,7 +7,7 @@ supervisor never looks inside.
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, Set
+from typing import Any
 
 from . import syscalls
 
@@ -25,9 +25,9 @@ def slot_path(slot: int) -> str:
 class Slots:
     """The mounted slots of one jail; owned by the warden."""
 
-    def __init__(self, plan: Dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any]) -> None:
         self._options = f"mode=0700,size={plan['scratch_bytes']},nr_inodes={plan['scratch_files']}"
-        self._mounted: Set[int] = set()
+        self._mounted: set[int] = set()
 
     def mount(self, slot: int) -> None:
         """Give `slot` a fresh, empty scratch directory; what was there is dropped."""
