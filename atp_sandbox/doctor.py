@@ -118,8 +118,8 @@ def _groups() -> Iterator[Finding]:
             "limits.cgroup",
             "Limits",
             State.WARN,
-            f"No writable control group ({support.reason}): memory of calls is sampled every 20 ms, "
-            "processes are limited per jail only",
+            f"No writable control group ({support.reason}): memory of calls is sampled every "
+            "20 ms, processes are limited per jail only",
             support.remedy,
         )
 

@@ -38,7 +38,7 @@ from atp_sandbox.outcome import Failure, Outcome, outcome_json
 from atp_sandbox.toolkit import NodeCall
 
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-"""Answers handed to the connection and not yet taken by the kernel; the rest waits in the outbox."""
+"""Answers handed to the connection and not yet taken by the kernel; others wait in the outbox."""
 _RETRY_FLUSH_S = 0.02
 
 

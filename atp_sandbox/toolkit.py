@@ -97,7 +97,7 @@ class ServedToolkit:
         self.discovery: Discovery | None = None
         self.landlock_abi = 0
         self._main: Jail | None = None
-        """The jail of discovery: it goes on as the one that forks, or as the one whose threads live."""
+        """The jail of discovery; it goes on as the one that forks, or whose threads live."""
         self._stopped_clients: set[int] = set()
         self._own_jails: dict[Jail, int] = {}
         """Lifetime `jail`: each worker's own jail and its number."""

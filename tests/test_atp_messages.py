@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -242,3 +243,9 @@ def test_every_request_with_an_id_is_run_or_answered(
     else:
         assert isinstance(result, ToolRequest | Rejected)
         assert result.request_id_json == json.dumps(request_id)
+
+
+def test_a_deep_message_whose_string_never_ends_takes_no_more_than_linear_time() -> None:
+    started = time.monotonic()
+    assert decode(b'{"a":' + b"[" * 2_000 + b'"\\' * 500_000) == Ignored("nested too deep")
+    assert time.monotonic() - started < 10

@@ -55,7 +55,8 @@ def test_readme_tells_the_default_limits() -> None:
 
 @pytest.mark.parametrize("heading", ["serve", "test"])
 def test_readme_has_the_command_that_the_gate_runs(heading: str) -> None:
-    found = re.search(rf"<!-- command: {heading} -->\n```sh\n(.*?)\n```", text_of("README.md"), re.S)
+    marked = rf"<!-- command: {heading} -->\n```sh\n(.*?)\n```"
+    found = re.search(marked, text_of("README.md"), re.S)
     assert found is not None
     assert "\n" not in found[1]
     assert f"readme_command {heading}" in text_of(".ci/run")

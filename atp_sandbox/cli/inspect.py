@@ -22,8 +22,8 @@ BETWEEN_CALLS = {
         "imported code is malicious, which is handed the tokens of its calls anyway."
     ),
     LifetimeKind.CALLS: (
-        "Between its calls: nothing, for up to N calls: they run one after the other in one process "
-        "and share its memory."
+        "Between its calls: nothing, for up to N calls: they run one after the other in one "
+        "process and share its memory."
     ),
     LifetimeKind.JAIL: "Between its calls: a whole jail each, also from its own imported code.",
 }

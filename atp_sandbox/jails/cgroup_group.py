@@ -14,6 +14,7 @@ import fcntl
 import os
 import select
 import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -48,13 +49,18 @@ class CgroupError(IsolationError):
 
 
 class KernelFile:
-    """A file of a cgroup, kept open: a read asks the kernel anew and takes 1 µs, not 9. Owns it."""
+    """A file of a cgroup, kept open: a read asks the kernel anew and takes 1 µs, not 9. Owns it.
 
-    __slots__ = ("_fd", "path")
+    It may be written in one thread and closed in another, which then waits for the write: a number
+    that was given to another file meanwhile is never written to.
+    """
+
+    __slots__ = ("_fd", "_lock", "path")
 
     def __init__(self, path: str, flags: int = os.O_RDONLY) -> None:
         """CgroupError if it cannot be opened."""
         self.path = path
+        self._lock = threading.Lock()
         self._fd = -1
         try:
             self._fd = os.open(path, flags | os.O_CLOEXEC)
@@ -77,7 +83,8 @@ class KernelFile:
     def write(self, value: bytes) -> None:
         """One write(2), which the kernel takes whole or refuses."""
         try:
-            os.write(self._fd, value)
+            with self._lock:
+                os.write(self._fd, value)
         except OSError as error:
             shown = value.decode("ascii")
             action = f"write {shown!r} to"
@@ -85,9 +92,10 @@ class KernelFile:
 
     def close(self) -> None:
         """Safe to call again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def write_value(path: str, value: int | str) -> None:
@@ -238,6 +246,9 @@ class Group(ABC):
         After CgroupError it may have been moved in part: end it.
         """
         number = str(pid).encode("ascii")
+        if not self._procs:
+            closed = OSError(errno.EBADF, "the group was closed")
+            raise CgroupError("move a process to", self._distinct[0], closed)
         for file in self._procs:
             try:
                 file.write(number)

@@ -27,9 +27,9 @@ class CgroupSupport:
     reason: str = ""
     remedy: str = ""
     moves_block: bool = False
-    """Whether moving a process takes milliseconds: to be done in a thread, ahead of need.
+    """Whether a move, unless one came just before, takes 10 ms: to be done by a `Mover`.
 
-    Version 2 waits for an RCU grace period unless mounted with `favordynmods` (Linux 6.0).
+    The kernel waits for an RCU grace period, since Linux 6.0 unless mounted with `favordynmods`.
     """
 
     @property
@@ -119,12 +119,14 @@ def _reason_against_v2(directory: str, controllers: list[str]) -> str:
 
 def _detect_v1(mounts: Iterable[_Mount], own: Mapping[str, str]) -> CgroupSupport:
     seen: dict[str, str] = {}
+    moves_block = False
     for controller in (*cgroups_v1.REQUIRED, *cgroups_v1.OPTIONAL):
         for mount in mounts:
             if mount.kind == "cgroup" and controller in mount.options and controller in own:
                 directory = mount.find(own[controller])
                 if directory is not None and not _is_writable(seen.get(controller, "")):
                     seen[controller] = directory
+                    moves_block |= "favordynmods" not in mount.options
     if "memory" not in seen:
         return CgroupSupport(0, reason="no memory controller is mounted here")
     for controller in cgroups_v1.REQUIRED:
@@ -134,7 +136,7 @@ def _detect_v1(mounts: Iterable[_Mount], own: Mapping[str, str]) -> CgroupSuppor
             reason = f"the group {seen[controller]} cannot be written by user {os.geteuid()}"
             return CgroupSupport(1, reason=reason)
     usable = {name: directory for name, directory in seen.items() if _is_writable(directory)}
-    return CgroupSupport(1, usable)
+    return CgroupSupport(1, usable, moves_block=moves_block)
 
 
 def _is_writable(directory: str) -> bool:

@@ -21,6 +21,7 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -55,7 +56,9 @@ class CallEvidence:
     """What the kernel counted in a group since `take_call` or `restart`."""
 
     oom_kills: int
-    """Processes of the group ended for want of memory, whichever limit was hit."""
+    """More than 0 if processes of the group were ended for want of memory, whichever limit was hit.
+
+    No number of processes: version 2 counts one twice when it ends a whole group."""
     memory_refusals: int
     """How often the group's own limit was reached; alone no failure, for memory may be reclaimed.
 
@@ -85,10 +88,14 @@ class CallGroup:
     def add(self, pid: int) -> None:
         """Move a process here, before it gets its first call; ProcessLookupError if it is gone.
 
-        After CgroupError end the process: it may be under some limits only. May run in another
-        thread (`CgroupSupport.moves_block`).
+        After CgroupError end the process: it may be under some limits only. Blocks, 10 ms and more
+        (`cgroup_mover`).
         """
         self._open.add(pid)
+
+    def adder(self) -> Callable[[int], None]:
+        """`add` as it can be called in another thread, and after the group was given back."""
+        return self._open.add
 
     def evidence(self) -> CallEvidence:
         """What was counted since the beginning; any number of times."""
@@ -136,8 +143,15 @@ class JailGroup:
         self._before = _Baseline(self._base)
 
     def add(self, pid: int) -> None:
-        """Move the process that becomes the jail here; what it forks from then on is here too."""
+        """Move the process that becomes the jail here; what it forks from then on is here too.
+
+        As `CallGroup.add`.
+        """
         self._base.add(pid)
+
+    def adder(self) -> Callable[[int], None]:
+        """`add` as it can be called in another thread, and after the jail was closed."""
+        return self._base.add
 
     def take_call(self, *, memory_bytes: int, pids_max: int) -> CallGroup:
         """A group for one worker: one that was given back, else a new one (1 ms).

@@ -1,8 +1,8 @@
 """One jail and its workers: launches it, speaks with its warden and zygote, tells what happened.
 
-An I/O shell: which worker starts, gets a call or is killed, and what an end means, is decided by the
-caller (`scheduling`); here are descriptors, process handles and the order of set-up. Everything
-that a jail owns outside (process, descriptors, user id) is given back in `close`.
+An I/O shell: which worker starts, gets a call or is killed, and what an end means, is decided by
+the caller (`scheduling`); here are descriptors, process handles and the order of set-up. Everything
+that a jail owns outside (process, descriptors, user id, control group) is given back in `close`.
 """
 
 from __future__ import annotations

@@ -6,10 +6,13 @@ only enters. A step that is refused is named; nothing foreign has run by then.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
+from .seccomp_rules import Profile
 
 _ABI_WITH_TRUNCATE = 3
 
@@ -63,9 +66,27 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
         worker = seccomp_profiles.without_truncate(worker)
     program = _step("seccomp", seccomp.compile_profile, worker, syscalls.MACHINE)
     calls = _step("seccomp", seccomp.Prepared, program)
+    _step("seccomp", _try_in_a_child, calls, worker)
     _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
     _step("seccomp", seccomp.verify, base, 1)
     return WorkerLayers(files, calls, support.abi)
+
+
+def _try_in_a_child(calls: seccomp.Prepared, profile: Profile) -> None:
+    """See in a process of its own that the workers' filter holds; else OSError.
+
+    Before the base filter is there, which allows no such process.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            calls.install()
+            seccomp.verify_answers(profile)
+        except BaseException:  # the child's outer door: its exit says that it does not hold
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        raise OSError(errno.EPROTO, f"seccomp: the {profile.name} filter does not hold")
 
 
 def _step(name: str, action: Callable[..., Any], *arguments: Any) -> Any:
