@@ -17,8 +17,8 @@ BETWEEN_TOOLKITS = (
 )
 BETWEEN_CALLS = {
     LifetimeKind.CALL: (
-        "Between its calls: a process and a scratch directory of their own. That holds against code "
-        "that turns hostile during a call and against leftovers; not against a toolkit whose "
+        "Between its calls: a process and a scratch directory of their own. That holds against "
+        "code that turns hostile during a call and against leftovers; not against a toolkit whose "
         "imported code is malicious, which is handed the tokens of its calls anyway."
     ),
     LifetimeKind.CALLS: (

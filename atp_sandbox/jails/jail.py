@@ -294,7 +294,11 @@ class Jail:
 
     def _on_locked(self, pid: int) -> None:
         """Look at the confined zygote from outside before any foreign code runs in it."""
-        status = read_status(pid)
+        try:
+            status = read_status(pid)
+        except ProcessLookupError:
+            self._fail_setup("start", "the zygote ended")
+            return
         wrong = ""
         if status.capabilities:
             wrong = "it still has capabilities"
@@ -429,8 +433,7 @@ class Jail:
                 self.landlock_abi = message[1]
                 self._on_locked(sender)
             case "discovered":
-                self._phase = Phase.SERVING
-                self._listener.jail_discovered(self, message[1], read_status(sender).threads)
+                self._on_discovered(message[1], sender)
             case "broken":
                 self._phase = Phase.BROKEN
                 self._listener.jail_broken(self, message[1], message[2])
@@ -438,6 +441,14 @@ class Jail:
                 self._listener.client_stopped(self, message[1])
             case "fork_failed":
                 self._on_fork_failed(message[1], message[2])
+
+    def _on_discovered(self, report: bytes, pid: int) -> None:
+        self._phase = Phase.SERVING
+        try:
+            threads = read_status(pid).threads
+        except ProcessLookupError:
+            return  # the warden will say how it ended
+        self._listener.jail_discovered(self, report, threads)
 
     def _on_fork_failed(self, number: int, errno: int) -> None:
         worker = self._workers.get(number)
