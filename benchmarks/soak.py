@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -36,6 +37,8 @@ TIME_LIMIT_S = 2.0
 WARM_UP_CALLS = 64
 SETTLE_S = 20.0
 """For processes that were ended to be reaped, and for workers that wait ready to be made."""
+GROUP_FILES_PER_SLOT = 12
+"""Most descriptors that one worker's control group has (version 1, three controllers)."""
 ANSWER_S = 60.0
 """Longest silence while answers are due."""
 
@@ -147,12 +150,23 @@ class Holdings:
     """What a process has that it could fail to give back."""
 
     descriptors: int
+    """Without those on control groups, see `group_files`."""
     threads: int
     children: int
 
     @classmethod
     def of(cls, process: psutil.Process) -> Holdings:
-        return cls(process.num_fds(), process.num_threads(), len(process.children(recursive=True)))
+        descriptors = process.num_fds() - group_files(process)
+        return cls(descriptors, process.num_threads(), len(process.children(recursive=True)))
+
+
+def group_files(process: psutil.Process) -> int:
+    """Descriptors on control groups, which are made as they are needed, kept and used again."""
+    count = 0
+    for entry in os.listdir(f"/proc/{process.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += "/cgroup" in os.readlink(f"/proc/{process.pid}/fd/{entry}")
+    return count
 
 
 @dataclass(slots=True)
@@ -167,6 +181,7 @@ class Report:
     endings: dict[str, int] = field(default_factory=dict)
     before: Holdings | None = None
     after: Holdings | None = None
+    group_files: int = 0
     resident_mb: tuple[float, float] = (0.0, 0.0)
     faults: list[str] = field(default_factory=list)
 
@@ -311,6 +326,9 @@ class _Soak:
                 report.faults.append(f"call {number} ({call.tool}): {call.answers} answers")
         if report.after != report.before:
             report.faults.append(f"holdings: {report.before} before, {report.after} after")
+        report.group_files = group_files(process)
+        if report.group_files > GROUP_FILES_PER_SLOT * (3 * self._concurrency + 10):
+            report.faults.append(f"{report.group_files} descriptors on control groups")
         if self._backend.links != 1:
             report.faults.append(f"the link was opened {self._backend.links} times")
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# tests/test_cgroups.py on cgroup version 2, in a virtual machine with Debian's kernel: as root in the
-# root of the hierarchy, as root in a delegated group, as an ordinary user in one that is his, on
-# version 1 with swap, and with the measurements of benchmarks. About a minute with KVM.
+# tests/test_cgroups.py in a virtual machine with Debian's kernel. Version 2: as root in the root of
+# the hierarchy, as root in a delegated group, as an ordinary user in one that is his, with swap.
+# Version 1, where kernels bind the controllers to one or the other: as root, with swap.
 #
-# Needs qemu-system-x86_64, apt (the kernel and busybox are downloaded and unpacked, not installed),
-# python3 with cpio output of our own, and an interpreter with pytest and the dependencies: $PYTHON.
+# By hand, not in CI: 10 minutes, emulated. Needs qemu-system-x86_64 and apt (Debian's kernel and
+# busybox are downloaded and unpacked, not installed). PYTHON: an interpreter with pytest, default
+# python3. WORK: a directory to keep the downloads in. EXTRA: a script to run in each place too.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$(command -v python3)}
@@ -63,7 +64,7 @@ os.makedirs(image + "/project/tests")
 shutil.copytree(root + "/atp_sandbox", image + "/project/atp_sandbox", ignore=leave_out)
 shutil.copy2(root + "/tests/test_cgroups.py", image + "/project/tests")
 open(image + "/interpreter", "w").write(interpreter)
-# From the root of the image "/lib64/ld-linux" must be found by its usual name.
+
 EOF
 [ -z "${EXTRA:-}" ] || cp "$EXTRA" image/project/measure.py
 

@@ -23,7 +23,6 @@ import pytest
 
 from atp_sandbox.errors import IsolationError
 from atp_sandbox.jails import cgroup_support
-from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import (
     CallEvidence,
     CallGroup,
@@ -31,6 +30,7 @@ from atp_sandbox.jails.cgroups import (
     CgroupSupport,
     CgroupTree,
     JailGroup,
+    Mover,
     detect,
     remove_stale,
 )

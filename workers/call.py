@@ -15,11 +15,11 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import frames, stdio
 from .confinement import scratch
-from .confinement.layers import WorkerLayers
 from .discovery import Registration, Registry
 
 _CHANNEL_FD = 200
@@ -44,21 +44,23 @@ def prepare(registry: Registry) -> None:
 def serve(
     plan: dict[str, Any],
     registry: Registry,
-    layers: WorkerLayers | None,
+    enter: Callable[[int], None],
     channel_fd: int,
     output_fd: int,
     number: int,
     slot: int,
 ) -> NoReturn:
-    """Be worker `number` with scratch `slot` for as many calls as planned; never returns."""
+    """Be worker `number` for as many calls as planned; never returns.
+
+    `enter(slot)` confines this process to scratch `slot`; OSError ends it.
+    """
     try:
         channel = _settle(channel_fd, output_fd, slot)
-        if layers is not None:
-            try:
-                layers.enter(slot)
-            except OSError as error:
-                sys.stderr.write(f"worker: cannot confine itself: {error}\n")
-                os._exit(70)
+        try:
+            enter(slot)
+        except OSError as error:
+            sys.stderr.write(f"worker: cannot confine itself: {error}\n")
+            os._exit(70)
 
         def refuse_stop(_client: int) -> None:
             raise RuntimeError("stop() cannot be called from inside a tool")

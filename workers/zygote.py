@@ -215,9 +215,8 @@ class _Zygote:
             self._channel.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
-            # A zygote that serves itself has its jail, and may have threads, to itself.
-            worker_layers = self._layers if name == "fork" else None
-            call.serve(self._plan, registry, worker_layers, channel_fd, output_fd, number, slot)
+            enter = self._layers.enter if name == "fork" else self._layers.enter_alone
+            call.serve(self._plan, registry, enter, channel_fd, output_fd, number, slot)
         os.close(channel_fd)
         os.close(output_fd)
 

@@ -1,7 +1,7 @@
 """Moves processes into groups in a thread of its own, so that the event loop never waits for it.
 
-A write to `cgroup.procs` waits for an RCU grace period unless another move came just before: 5 µs in
-a tight loop, but 11 ms (18 at most) for one at a time, on either version, on an idle Linux 6.18.
+A write to `cgroup.procs` waits for an RCU grace period unless another move came just before: 5 µs
+in a tight loop, but 11 ms (18 at most) for one at a time, in either version, on an idle Linux 6.18.
 Whoever needs an answer within a millisecond has the move made ahead of need, as the pool does its
 forks: a worker is ready when it is forked *and* moved.
 """
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from atp_sandbox.jails.cgroup_group import CgroupError
+from atp_sandbox.jails.cgroup_files import CgroupError
 
 Add = Callable[[int], None]
 Then = Callable[[Exception | None], None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from atp_sandbox.jails import cgroups_v1, cgroups_v2
-from atp_sandbox.jails.cgroup_group import CgroupError, read_value
+from atp_sandbox.jails.cgroup_files import CgroupError, read_value
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ scratch unmounted (its files are charged to the group until then), `give_back()`
 
 What a process has touched before it was moved stays charged to the group where it was: what a
 worker shares with its zygote counts for `base`, so a call's limit is on what the call adds.
+
+A move takes 11 ms if none came just before (`Mover`); all else takes microseconds, but what makes,
+removes or kills a group waits for a move that is being made.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Self
 
 from atp_sandbox.errors import IsolationError
 from atp_sandbox.jails import cgroups_v2
-from atp_sandbox.jails.cgroup_group import CgroupError, Group, lock_directory
+from atp_sandbox.jails.cgroup_files import CgroupError
+from atp_sandbox.jails.cgroup_group import Group, lock_directory
+from atp_sandbox.jails.cgroup_jail import CallEvidence, CallGroup, JailGroup
+from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroup_support import CgroupSupport, detect
 from atp_sandbox.jails.cgroups_v1 import GroupV1
 from atp_sandbox.jails.cgroups_v2 import GroupV2
@@ -39,6 +43,7 @@ __all__ = [
     "CgroupSupport",
     "CgroupTree",
     "JailGroup",
+    "Mover",
     "detect",
     "remove_stale",
 ]
@@ -49,174 +54,6 @@ _MAKE_TRIES = 10
 """Another supervisor that ends removes the directory that all share, if it finds it empty."""
 _END_S = 2.0
 """From SIGKILL to the last process gone; freeing memory takes about 0.1 s a GiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallEvidence:
-    """What the kernel counted in a group since `take_call` or `restart`."""
-
-    oom_kills: int
-    """More than 0 if processes of the group were ended for want of memory, whichever limit was hit.
-
-    No number of processes: version 2 counts one twice when it ends a whole group."""
-    memory_refusals: int
-    """How often the group's own limit was reached; alone no failure, for memory may be reclaimed.
-
-    With `oom_kills` it tells the group's limit (more than 0) from the jail's or the machine's (0).
-    """
-    pids_refused: int
-    """Forks and threads refused by the group's own limit; on version 1, and before Linux 6.11, also
-    by one above it."""
-    cpu_s: float
-    """Of all processes of the group, the living included. 0 on version 1 without cpuacct."""
-    peak_bytes: int | None
-    """Most memory at a time; None where the kernel cannot tell (version 2 before Linux 6.12, if an
-    earlier call in the same group had more)."""
-
-
-class CallGroup:
-    """The group of one worker, taken from its jail's; unusable once given back."""
-
-    __slots__ = ("_before", "_group", "_jail")
-
-    def __init__(self, jail: JailGroup, group: Group) -> None:
-        """See `JailGroup.take_call`, which calls this."""
-        self._jail = jail
-        self._group: Group | None = group
-        self._before = _Baseline(group)
-
-    def add(self, pid: int) -> None:
-        """Move a process here, before it gets its first call; ProcessLookupError if it is gone.
-
-        After CgroupError end the process: it may be under some limits only. Blocks, 10 ms and more
-        (`cgroup_mover`).
-        """
-        self._open.add(pid)
-
-    def adder(self) -> Callable[[int], None]:
-        """`add` as it can be called in another thread, and after the group was given back."""
-        return self._open.add
-
-    def evidence(self) -> CallEvidence:
-        """What was counted since the beginning; any number of times."""
-        return self._before.until_now(self._open)
-
-    def restart(self) -> None:
-        """Count anew, for the next call of the same worker."""
-        self._before = _Baseline(self._open)
-
-    def kill(self) -> None:
-        """SIGKILL all that is inside, whatever session, parent or state it has; does not wait."""
-        self._open.kill()
-
-    def is_empty(self) -> bool:
-        """Whether all processes are gone, or zombies."""
-        return self._open.is_empty()
-
-    def wait_empty(self, timeout_s: float) -> bool:
-        """After `kill`: wait for the ends; False if something lives on. Blocks."""
-        return self._open.wait_empty(timeout_s)
-
-    def give_back(self) -> bool:
-        """Leave it to the next call. False if a process is still inside: it is then killed, and the
-        group is not used again. Safe to call again."""
-        group, self._group = self._group, None
-        return group is None or self._jail.take_back(group)
-
-    @property
-    def _open(self) -> Group:
-        if self._group is None:
-            raise ValueError("the group was given back")
-        return self._group
-
-
-class JailGroup:
-    """The group of one jail with everything in it; owns the groups inside."""
-
-    def __init__(self, group: Group) -> None:
-        """See `CgroupTree.jail`, which calls this."""
-        self._group: Group | None = group
-        self._calls: list[Group] = []
-        self._free: list[Group] = []
-        self._base = group.child("base", has_children=False)
-        self._base.kill_together()
-        self._before = _Baseline(self._base)
-
-    def add(self, pid: int) -> None:
-        """Move the process that becomes the jail here; what it forks from then on is here too.
-
-        As `CallGroup.add`.
-        """
-        self._base.add(pid)
-
-    def adder(self) -> Callable[[int], None]:
-        """`add` as it can be called in another thread, and after the jail was closed."""
-        return self._base.add
-
-    def take_call(self, *, memory_bytes: int, pids_max: int) -> CallGroup:
-        """A group for one worker: one that was given back, else a new one (1 ms).
-
-        CgroupError: the worker must not run.
-        """
-        group = self._free.pop() if self._free else self._make_call()
-        group.limit_memory(memory_bytes)
-        group.limit_processes(pids_max)
-        return CallGroup(self, group)
-
-    def prepare_calls(self, count: int) -> None:
-        """Make groups ahead of need, so that `count` are there and free."""
-        while len(self._free) < count:
-            self._free.append(self._make_call())
-
-    def base_evidence(self) -> CallEvidence:
-        """What was counted of the warden and the zygote: an import that ran out of memory."""
-        return self._before.until_now(self._base)
-
-    def processes(self) -> set[int]:
-        """Every process of the jail, so that an unknown one is seen. Slow: not for every call."""
-        return self._open.processes()
-
-    def kill(self) -> None:
-        """SIGKILL the whole jail, whatever its processes do; does not wait."""
-        self._open.kill()
-
-    def close(self) -> bool:
-        """End what is left in it and remove it. False if something would not end within 2 s: its
-        groups stay until `remove_stale`. Safe to call again. Waits only if something is left.
-        """
-        group, self._group = self._group, None
-        if group is None:
-            return True
-        self._free.clear()  # their directories go with the jail's
-        for one in (self._base, *self._calls):
-            one.close_files()
-        return _end_and_remove(group)
-
-    @property
-    def is_closed(self) -> bool:
-        return self._group is None
-
-    def take_back(self, group: Group) -> bool:
-        """For `CallGroup.give_back`."""
-        if self._group is None:
-            return True
-        if group.is_empty():
-            self._free.append(group)
-            return True
-        group.kill()
-        return False
-
-    def _make_call(self) -> Group:
-        group = self._open.child(f"call-{len(self._calls) + 1}", has_children=False)
-        self._calls.append(group)
-        group.kill_together()
-        return group
-
-    @property
-    def _open(self) -> Group:
-        if self._group is None:
-            raise ValueError("the jail's group was closed")
-        return self._group
 
 
 class CgroupTree:
@@ -258,6 +95,8 @@ class CgroupTree:
     ) -> JailGroup:
         """Make a jail's group. The limits hold for all of it, whatever its calls may each have.
 
+        `name` is one component of a path, and no other jail's.
+
         `cpu_weight` 1–10,000 against other jails, `cpu_quota` in CPUs. CgroupError leaves nothing;
         so does a quota where there is no cpu controller.
         """
@@ -289,7 +128,7 @@ class CgroupTree:
         is_clean = all([jail.close() for jail in self._jails])
         self._jails.clear()
         if root is not None:
-            is_clean = _end_and_remove(root) and is_clean
+            is_clean = root.end_and_remove(_END_S) and is_clean
         for fd in self._locks:
             os.close(fd)
         self._locks.clear()
@@ -357,47 +196,13 @@ def remove_stale(support: CgroupSupport) -> list[str]:
                 for controller, path in support.directories.items()
                 if f"{path}/{_TOP}" in locks
             }
-            if below and _end_and_remove(_GROUPS[support.version](below)):
+            if below and _GROUPS[support.version](below).end_and_remove(_END_S):
                 removed.append(name)
         finally:
             for fd in locks.values():
                 os.close(fd)
     _remove_tops(support)
     return removed
-
-
-def _end_and_remove(group: Group) -> bool:
-    """Kill what is inside, wait for its end, remove it; whether that was done."""
-    try:
-        if group.processes():
-            group.kill()
-            if not group.wait_empty(_END_S):
-                return False
-        group.remove()
-    except CgroupError:
-        return False
-    return True
-
-
-class _Baseline:
-    """What the counters of a group were when a call began; on version 1 they cannot be set to 0."""
-
-    __slots__ = ("_before", "_is_peak_new")
-
-    def __init__(self, group: Group) -> None:
-        self._is_peak_new = group.restart_peak()
-        self._before = group.counters()
-
-    def until_now(self, group: Group) -> CallEvidence:
-        before, now = self._before, group.counters()
-        knows_peak = self._is_peak_new or now.peak_bytes > before.peak_bytes
-        return CallEvidence(
-            oom_kills=now.oom_kills - before.oom_kills,
-            memory_refusals=now.memory_refusals - before.memory_refusals,
-            pids_refused=now.pids_refused - before.pids_refused,
-            cpu_s=(now.cpu_us - before.cpu_us) / 1e6,
-            peak_bytes=now.peak_bytes if knows_peak else None,
-        )
 
 
 def _own_directory(support: CgroupSupport) -> str:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import mmap
 import os
 
-from atp_sandbox.jails.cgroup_group import (
-    Counters,
-    Group,
+from atp_sandbox.jails.cgroup_files import (
     KernelFile,
     field_of,
     forbid_swap,
-    kill_listed,
     read_value,
     write_value,
 )
+from atp_sandbox.jails.cgroup_group import Counters, Group, kill_listed
 
 REQUIRED = ("memory", "pids", "freezer")
 OPTIONAL = ("cpu", "cpuacct")

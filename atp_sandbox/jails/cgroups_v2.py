@@ -8,16 +8,15 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 
-from atp_sandbox.jails.cgroup_group import (
+from atp_sandbox.jails.cgroup_files import (
     CgroupError,
-    Counters,
-    Group,
     KernelFile,
     field_of,
     forbid_swap,
     read_value,
     write_value,
 )
+from atp_sandbox.jails.cgroup_group import Counters, Group
 
 REQUIRED = ("memory", "pids")
 OPTIONAL = ("cpu",)

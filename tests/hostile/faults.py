@@ -620,7 +620,8 @@ def h18(folder: Path) -> list[str]:
     """Descriptors run out while calls come."""
     with _served(folder, ("crash",), time="3s", concurrency=8) as session:
         link = session.backend.link
-        most = session.supervisor.open_files() + 3
+        serve = session.supervisor
+        most = serve.open_files() + serve.group_files() + 3
         limit = (most, resource.prlimit(session.supervisor.pid, resource.RLIMIT_NOFILE)[1])
         resource.prlimit(session.supervisor.pid, resource.RLIMIT_NOFILE, limit)
         calls = [session.send("ok_sleep", {"arm": ARM, "seconds": 0.2}, "A") for _ in range(40)]

@@ -42,6 +42,8 @@ GONE_S = 1.0
 NEXT_CALL_S = 1.0
 LATE_S = 2.0
 START_S = 60.0
+MAX_GROUP_FILES = 160
+"""For each jail, whose slots are thirteen and have a dozen files each at most."""
 MAX_SURPLUS = 8
 """Workers of one toolkit that a burst can leave waiting: its concurrency, and some."""
 MAX_LOG_LINE_CHARS = 512 * 1024
@@ -269,7 +271,22 @@ class Serve:
         return descendants(self.pid)
 
     def open_files(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """Descriptors but for those of control groups, which are kept for the next call."""
+        return len(self._descriptors()[1])
+
+    def group_files(self) -> int:
+        """Descriptors of control groups: there are more the more calls ran at once so far."""
+        return len(self._descriptors()[0])
+
+    def _descriptors(self) -> tuple[list[str], list[str]]:
+        of_groups, others = [], []
+        for fd in os.listdir(f"/proc/{self.pid}/fd"):
+            try:
+                target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
+            except OSError:
+                continue
+            (of_groups if target.startswith("/sys/fs/cgroup") else others).append(target)
+        return of_groups, others
 
     def status(self, name: str) -> int:
         text = Path(f"/proc/{self.pid}/status").read_text()
@@ -865,6 +882,9 @@ class Watch:
         if files > session.resting_files:
             text = f"{files} descriptors, {session.resting_files} at rest"
             self.verdict.problem("O7", text)
+        most = MAX_GROUP_FILES * sum(1 for p in found if p.parent == serve.pid)
+        if serve.group_files() > most:
+            self.verdict.problem("O7", f"{serve.group_files()} descriptors of control groups")
         if threads > session.resting_threads:
             text = f"{threads} threads, {session.resting_threads} at rest"
             self.verdict.problem("O7", text)

@@ -32,6 +32,7 @@ class WorkerLayers(NamedTuple):
 
     files: landlock.WorkerLayer
     calls: seccomp.Prepared
+    calls_alone: seccomp.Prepared
     landlock_abi: int
 
     def enter(self, slot: int) -> None:
@@ -40,6 +41,15 @@ class WorkerLayers(NamedTuple):
         # Its own Landlock domain keeps its neighbours from tracing it; it may look at itself.
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
         self.calls.install()
+
+    def enter_alone(self, _slot: int) -> None:
+        """Confine a zygote that serves itself: the jail is its call's alone, whoever shares it.
+
+        A filter reaches only the thread that installs it, so one with threads goes without.
+        """
+        self.files.close()
+        if len(os.listdir("/proc/self/task")) == 1:
+            self.calls_alone.install()
 
 
 def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
@@ -67,9 +77,11 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     program = _step("seccomp", seccomp.compile_profile, worker, syscalls.MACHINE)
     calls = _step("seccomp", seccomp.Prepared, program)
     _step("seccomp", _try_in_a_child, calls, worker)
+    lone = seccomp_profiles.LONE_WORKER
+    alone = seccomp.Prepared(_step("seccomp", seccomp.compile_profile, lone, syscalls.MACHINE))
     _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
     _step("seccomp", seccomp.verify, base, 1)
-    return WorkerLayers(files, calls, support.abi)
+    return WorkerLayers(files, calls, alone, support.abi)
 
 
 def _try_in_a_child(calls: seccomp.Prepared, profile: Profile) -> None:
