@@ -15,6 +15,7 @@ from typing import Protocol
 from atp_sandbox import log
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
+from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CgroupTree, detect, remove_stale
 from atp_sandbox.jails.snapshot import SnapshotHold, take_snapshot
 from atp_sandbox.loop import Loop, Timer
@@ -51,6 +52,7 @@ class Node:
         self._store = state_dir / "snapshots"
         self._mountpoint = _make_mountpoint(state_dir)
         self._cgroups = _make_cgroups()
+        self._mover = Mover(loop.call_from_thread) if self._cgroups is not None else None
         self._holds: list[SnapshotHold] = []
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
@@ -78,7 +80,7 @@ class Node:
             log.emit(log.WARNING, "snapshot_skipped", line, toolkit=settings.name)
         self._holds.append(SnapshotHold(snapshot))
         toolkit = ServedToolkit(
-            self._loop, settings, snapshot, self._mountpoint, self._cgroups, self
+            self._loop, settings, snapshot, self._mountpoint, self._cgroups, self._mover, self
         )
         self._toolkits[settings.name] = toolkit
         self._to_discover.append(toolkit)
@@ -115,6 +117,8 @@ class Node:
         for hold in self._holds:
             hold.close()
         self._holds.clear()
+        if self._mover is not None:
+            self._mover.close()
         if self._cgroups is not None:
             self._cgroups.close()
 

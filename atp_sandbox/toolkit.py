@@ -16,6 +16,7 @@ from atp_sandbox import log
 from atp_sandbox.confinement.plan import ToolkitView
 from atp_sandbox.discovery import Discovery, Tool, parse_report
 from atp_sandbox.errors import SandboxError, ToolkitError
+from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CgroupTree
 from atp_sandbox.jails.jail import Jail, SetupFailure
 from atp_sandbox.jails.launch import JailSpec
@@ -81,6 +82,7 @@ class ServedToolkit:
         snapshot: Snapshot,
         mountpoint: Path,
         cgroups: CgroupTree | None,
+        mover: Mover | None,
         listener: ToolkitListener,
     ) -> None:
         self._loop = loop
@@ -90,6 +92,7 @@ class ServedToolkit:
         self._snapshot = snapshot
         self._mountpoint = mountpoint
         self._cgroups = cgroups
+        self._mover = mover
         self._jails_made = 0
         self._listener = listener
         self._pool = pool.Pool(settings.limits, settings.lifetime)
@@ -437,7 +440,7 @@ class ServedToolkit:
                 memory_bytes=RESTING_BYTES + (1 + calls) * limits.memory_bytes,
                 pids_max=RESTING_PROCESSES + calls * limits.processes,
             )
-        return Jail(self._loop, self._spec(), group, self)
+        return Jail(self._loop, self._spec(), group, self._mover, self)
 
     def _spec(self) -> JailSpec:
         snapshot = self._snapshot

@@ -19,6 +19,7 @@ from typing import Protocol
 import psutil
 
 from atp_sandbox.confinement.plan import FIRST_SLOTS, slot_count
+from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CallGroup, CgroupError, JailGroup
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.launch import JailSpec, allocate_id, launch, release_id
@@ -89,11 +90,17 @@ class Jail:
     """A warden, a zygote and its workers."""
 
     def __init__(
-        self, loop: Loop, spec: JailSpec, group: JailGroup | None, listener: JailListener
+        self,
+        loop: Loop,
+        spec: JailSpec,
+        group: JailGroup | None,
+        mover: Mover | None,
+        listener: JailListener,
     ) -> None:
-        """`group` is owned from here on; None where no control group can be made."""
+        """`group` is owned from here on; both are None where no control group can be made."""
         self._loop = loop
         self._group = group
+        self._mover = mover
         self._spec = spec
         self._listener = listener
         self._workers: dict[int, Worker] = {}
@@ -311,19 +318,28 @@ class Jail:
         if wrong:
             self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
             return
-        self._phase = Phase.IMPORTING
-        self._fresh_slots += range(1, FIRST_SLOTS)
-        if self._group is not None:
-            try:
-                self._group.add(self._warden_pid)
-                self._group.add(pid)
-            except (CgroupError, ProcessLookupError) as error:
-                self._fail_setup("cgroup", str(error))
-                return
         self._zygote_pid = pid
         self._zygote_channel.peer_pid = pid
+        if self._group is None or self._mover is None:
+            self._go(None)
+            return
+        add = self._group.adder()
+        self._mover.move(self._warden_pid, add, self._fail_if)
+        self._mover.move(pid, add, self._go)
+
+    def _fail_if(self, error: Exception | None) -> None:
+        if error is not None and not self._is_closed:
+            self._fail_setup("cgroup", str(error))
+
+    def _go(self, error: Exception | None) -> None:
+        """The zygote is confined, verified and limited: the toolkit's first line may run."""
+        self._fail_if(error)
+        if self._is_closed:
+            return
+        self._phase = Phase.IMPORTING
         assert self._setup_timer is not None
         self._setup_timer.cancel()
+        self._fresh_slots += range(1, FIRST_SLOTS)
         self._zygote_channel.send(frames.encode("go"))
 
     # -- messages ----------------------------------------------------------------------------------
@@ -508,18 +524,6 @@ class Jail:
         if status.parent_pid != self._warden_pid:
             self._end("a worker is no child of its warden")
             return
-        if self._group is not None:
-            try:
-                worker.group = self._group.take_call(
-                    memory_bytes=self._spec.limits.memory_bytes,
-                    pids_max=self._spec.limits.processes,
-                )
-                worker.group.add(pid)
-            except ProcessLookupError:
-                return
-            except CgroupError as error:
-                self._end(f"a worker could not be limited: {error}")
-                return
         worker.channel.peer_pid = pid
         worker.inner_pid = status.inner_pid
         if not self._resting_bytes:
@@ -528,6 +532,26 @@ class Jail:
                 self._resting_bytes = psutil.Process(pid).memory_info().rss
         if not is_zygote:
             self._by_inner_pid[status.inner_pid] = worker
+        if self._group is None or self._mover is None:
+            self._on_moved(worker, None)
+            return
+        limits = self._spec.limits
+        try:
+            worker.group = self._group.take_call(
+                memory_bytes=limits.memory_bytes, pids_max=limits.processes
+            )
+        except CgroupError as error:
+            self._on_moved(worker, error)
+            return
+        self._mover.move(pid, worker.group.adder(), lambda error: self._on_moved(worker, error))
+
+    def _on_moved(self, worker: Worker, error: Exception | None) -> None:
+        """A worker is ready once it is limited."""
+        if self._is_closed or worker.exited is not None or isinstance(error, ProcessLookupError):
+            return  # how it ended is told by the warden
+        if error is not None:
+            self._end(f"a worker could not be limited: {error}")
+            return
         self._listener.worker_ready(self, worker.number)
         self._look_for_strays()
 

@@ -332,10 +332,10 @@ class Backend:
         try:
             self._loop.run_forever()
         finally:
-            for task in asyncio.all_tasks(self._loop):
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                self._loop.run_until_complete(asyncio.sleep(0.01))
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self._loop.close()
 
     async def _start(self) -> None:
@@ -396,7 +396,7 @@ class Backend:
                     b"Content-Length: %d\r\n\r\n%b" % (len(answer), answer)
                 )
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError, OSError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError, OSError):
             pass
         finally:
             with contextlib.suppress(Exception):
