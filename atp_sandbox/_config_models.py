@@ -36,6 +36,10 @@ MAX_SIZE_BYTES = 1024 * limits.GIB
 """More than any machine's memory that this runs on."""
 MAX_CONCURRENCY = 1_024
 """Each running call is a process with several descriptors of ours."""
+MAX_PROCESSES = 4_096
+"""Threads of one call; more is a mistake on any machine that this runs on."""
+MAX_FILES = 1_000_000
+"""Files of one call, each a kernel object in memory."""
 MAX_QUEUE = 1_000_000
 """Each waiting call is held in our memory."""
 MAX_SHOWN_CHARS = 60
@@ -199,9 +203,17 @@ class BackendModel(_Table):
 
 class LimitsModel(_Table):
     time: Time | None = _from(_A_TIME)
+    cpu: Time | None = _from(_A_TIME)
     import_time: Time | None = _from(_A_TIME)
     memory: Memory | None = _from(_A_SIZE)
     output: Output | None = _from(_A_SIZE)
+    scratch: Memory | None = _from(_A_SIZE)
+    scratch_files: Annotated[int, Field(ge=16, le=MAX_FILES)] | None = _from(
+        f"a whole number from 16 to {MAX_FILES:,}"
+    )
+    processes: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] | None = _from(
+        f"a whole number from 1 to {MAX_PROCESSES:,}"
+    )
     concurrency: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] | None = _from(
         f"a whole number from 1 to {MAX_CONCURRENCY:,}"
     )

@@ -151,9 +151,13 @@ def _limits(model: LimitsModel, otherwise: Limits) -> Limits:
     return replace(
         otherwise,
         time_s=_said(model.time, otherwise.time_s),
+        cpu_s=otherwise.cpu_s if model.cpu is None else model.cpu,
         import_time_s=_said(model.import_time, otherwise.import_time_s),
         memory_bytes=_said(model.memory, otherwise.memory_bytes),
         output_bytes=_said(model.output, otherwise.output_bytes),
+        scratch_bytes=_said(model.scratch, otherwise.scratch_bytes),
+        scratch_files=_said(model.scratch_files, otherwise.scratch_files),
+        processes=_said(model.processes, otherwise.processes),
         concurrency=_said(model.concurrency, otherwise.concurrency),
         queue=_said(model.queue, otherwise.queue),
     )

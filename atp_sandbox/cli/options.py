@@ -70,6 +70,13 @@ def toolkit_options(command: F) -> F:
             help=f"Longest time of a call, from receipt. [{format_duration(DEFAULTS.time_s)}]",
         ),
         click.option(
+            "--cpu",
+            "cpu_s",
+            type=DURATION,
+            metavar="DURATION",
+            help="Most processor time of a call, all threads together. [as its time allows]",
+        ),
+        click.option(
             "--import-time",
             "import_time_s",
             type=DURATION,

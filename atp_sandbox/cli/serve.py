@@ -143,7 +143,15 @@ def _toolkits_and_backend(
         loaded = load_config(config_path)
         toolkits, config = loaded.toolkits, loaded.backend
     else:
-        names = ("time_s", "import_time_s", "memory_bytes", "output_bytes", "concurrency", "queue")
+        names = (
+            "time_s",
+            "cpu_s",
+            "import_time_s",
+            "memory_bytes",
+            "output_bytes",
+            "concurrency",
+            "queue",
+        )
         toolkits = toolkits_from(
             paths,
             env=given["env"],
@@ -182,6 +190,7 @@ def _refuse_with_config(given: dict[str, Any]) -> None:
         "env": "--env",
         "data": "--data",
         "time_s": "--time",
+        "cpu_s": "--cpu",
         "import_time_s": "--import-time",
         "memory_bytes": "--memory",
         "output_bytes": "--output",
