@@ -117,8 +117,8 @@ class ServedToolkit:
         self._launched_at = self._loop.now()
         try:
             self._main = self._make_jail()
-        except SandboxError as error:
-            self._fail_import(error)
+        except (SandboxError, OSError) as error:
+            self._fail_import(_start_error(error))
             return
         self._import_timer = self._loop.call_later(
             self.settings.limits.import_time_s, self._on_import_timeout
@@ -366,9 +366,10 @@ class ServedToolkit:
         if self.lifetime.kind is LifetimeKind.JAIL:
             try:
                 self._own_jails[self._make_jail()] = number
-            except SandboxError as error:
-                log.emit(log.ERROR, "jail_failed", error.message, toolkit=self.name)
-                failure = verdict.jail_lost(error.message)
+            except (SandboxError, OSError) as error:
+                reason = _start_error(error).message
+                log.emit(log.ERROR, "jail_failed", reason, toolkit=self.name)
+                failure = verdict.jail_lost(reason)
                 self._obey(self._pool.worker_exited(number, failure, self._loop.now()))
         elif self._main is not None:
             self._main.start_worker(number)
@@ -440,6 +441,7 @@ class ServedToolkit:
                 memory_bytes=RESTING_BYTES + (1 + calls) * limits.memory_bytes,
                 pids_max=RESTING_PROCESSES + calls * limits.processes,
             )
+            group.prepare_calls(1 if calls == 1 else limits.concurrency + pool.MAX_AHEAD)
         return Jail(self._loop, self._spec(), group, self._mover, self)
 
     def _spec(self) -> JailSpec:
@@ -542,4 +544,13 @@ class ServedToolkit:
 def _seen(counted: CallEvidence | None, scratch_was_full: bool) -> verdict.Seen:
     if counted is None:
         return verdict.Seen(scratch_was_full=scratch_was_full)
-    return verdict.Seen(counted.oom_kills, counted.pids_refused, scratch_was_full)
+    # Without a refusal of its own it was the jail's or the machine's limit, not the call's.
+    oom_kills = counted.oom_kills if counted.memory_refusals else 0
+    return verdict.Seen(oom_kills, counted.pids_refused, scratch_was_full)
+
+
+def _start_error(error: SandboxError | OSError) -> SandboxError:
+    """A jail that could not even be launched, for want of descriptors or processes."""
+    if isinstance(error, SandboxError):
+        return error
+    return SandboxError("A jail could not be launched.", cause=str(error.strerror))

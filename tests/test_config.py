@@ -177,7 +177,7 @@ def test_all_faults_are_reported_at_once_each_with_its_place(file: Path) -> None
         ("backend = 3", "backend: found the number 3; allowed: a table"),
         ("[defaults]\npath = 'x'", "defaults.path: unknown key"),
         ("[defaults]\nmemroy = '1G'", "unknown key; did you mean memory?"),
-        ("[defaults]\nzzz = 1", "allowed: concurrency, import-time, lifetime, memory, output"),
+        ("[defaults]\nzzz = 1", "allowed: concurrency, cpu, import-time, lifetime, memory, output"),
         ("[defaults]\nmemory = 256", "found the number 256; must be from 1 MiB"),
         ("[defaults]\nmemory = '2000G'", 'found "2000G"; must be from 1 MiB'),
         ("[defaults]\nmemory = true", "found true; allowed: a size"),

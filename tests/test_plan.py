@@ -28,6 +28,7 @@ HOST = HostView(
     site_path=("/opt/site",),
     hidden=("/opt/site/atp_sandbox", "/elsewhere/workers"),
     msgpack_path="/opt/site",
+    executable="/usr/bin/python3.11",
 )
 KIT = ToolkitView("/state/snapshot", "main.py", "", ("/toolkit",), {"MODE": "test"})
 

@@ -28,6 +28,8 @@ _ERROR_CHARS = 64 * 1024
 _MAX_CALL_BYTES = 64 * 1024 * 1024
 """A request of 16 MiB grows at most fourfold when its text is spelled in ASCII."""
 
+_DEEPEST = 1_000
+"""Levels of a result that are looked at; fewer are allowed outside."""
 _SMALLEST_LARGE_BYTES = 64 * 1024
 """Below it a result that is too large is sent all the same, and refused where it is counted."""
 
@@ -151,9 +153,11 @@ def _run(
         raise
     except BaseException as error:  # any failure of foreign code is an answer
         return "error", _sentence(error)
-    _check_size(result, max(output_bytes, _SMALLEST_LARGE_BYTES))
     try:
+        _check_size(result, max(output_bytes, _SMALLEST_LARGE_BYTES))
         return "result", json.dumps(result, allow_nan=False).encode("ascii")
+    except _TooLarge:
+        raise
     except BaseException as error:  # as above: a result's own methods run in here
         return "invalid", _sentence(error)
 
@@ -172,22 +176,27 @@ def _check_size(result: Any, most_bytes: int) -> None:
         return
     seen = 0
     visited = set()  # a container that holds itself is refused where it is encoded
-    rest: list[Any] = [result]
-    while rest:
-        value = rest.pop()
-        kind = type(value)
-        if kind is str:
-            seen += len(value)
-        elif kind is dict or kind is list or kind is tuple:
-            if id(value) in visited:
-                continue
-            visited.add(id(value))
-            seen += 2 * len(value)
-            rest.extend(value)
-            if kind is dict:
-                rest.extend(value.values())
-        if seen > most_bytes:
-            raise _TooLarge(seen)
+    level: list[Any] = [result]
+    for _ in range(_DEEPEST):
+        deeper: list[Any] = []
+        for value in level:
+            kind = type(value)
+            if kind is str:
+                seen += len(value)
+            elif kind is dict or kind is list or kind is tuple:
+                if id(value) in visited:
+                    continue
+                visited.add(id(value))
+                seen += 2 * len(value)
+                deeper.extend(value)
+                if kind is dict:
+                    deeper.extend(value.values())
+            if seen > most_bytes:
+                raise _TooLarge(seen)
+        if not deeper:
+            return
+        level = deeper
+    raise RecursionError(f"the result is nested more than {_DEEPEST} levels deep")
 
 
 def _add_token(arguments: dict[str, Any], token: Any, entry: Registration, is_sample: bool) -> None:

@@ -120,6 +120,7 @@ class _Zygote:
         sys.path[:] = [*plan["toolkit_path"], *sys.path, *plan["site_path"]]
         path = "/toolkit/" + plan["entry"]
         sys.argv = [path]
+        sys.executable = plan["executable"]
         main = types.ModuleType("__main__")
         main.__dict__.update(
             __file__=path, __builtins__=builtins, __package__=plan["package"] or None

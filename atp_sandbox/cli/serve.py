@@ -100,6 +100,7 @@ def serve(**given: Any) -> int:
     from atp_sandbox.supervisor import Supervisor
 
     log.configure(given["log_format"])
+    _raise_descriptor_limit()
     # Taken out of the environment first: no process that we start inherits it.
     key_from_environment = os.environ.pop("ATP_API_KEY", None)
     toolkits, backend = _toolkits_and_backend(given, key_from_environment)
@@ -120,6 +121,14 @@ def serve(**given: Any) -> int:
     finally:
         if embedded is not None:
             embedded.close()
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as we may have: each running call takes a handful."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _toolkits_and_backend(

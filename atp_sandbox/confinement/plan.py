@@ -35,6 +35,8 @@ class HostView:
     """Paths inside `read_only` that a toolkit must not see: this project's own code."""
     msgpack_path: str
     """The directory from which `workers` imports msgpack."""
+    executable: str
+    """The interpreter, which is in `read_only` and becomes `sys.executable` inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,6 @@ def jail_plan(
             "core": 1,
             "nofile": limits.open_files,
             "nproc": limits.processes,
-            "fsize": limits.scratch_bytes,
             "memlock": 64 * 1024,
             "msgqueue": 0,
             "nice": 0,
@@ -116,6 +117,7 @@ def jail_plan(
         "entry": toolkit.entry,
         "package": toolkit.package,
         "msgpack_path": host.msgpack_path,
+        "executable": host.executable,
         "calls_per_worker": calls_per_worker,
         "output_bytes": limits.output_bytes,
     }

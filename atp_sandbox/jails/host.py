@@ -38,6 +38,7 @@ def host_view() -> HostView:
     site_path = _site_directories()
     links = tuple((path, os.readlink(path)) for path in _ROOT_LINKS if os.path.islink(path))
     wanted = [
+        os.path.realpath(sys.executable),
         *_interpreter_directories(),
         *site_path,
         *_LIBRARIES,
@@ -51,6 +52,7 @@ def host_view() -> HostView:
         site_path=site_path,
         hidden=tuple(_own_code()),
         msgpack_path=_parent_of("msgpack"),
+        executable=os.path.realpath(sys.executable),
     )
 
 

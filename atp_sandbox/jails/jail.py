@@ -482,8 +482,19 @@ class Jail:
             self._start(how, number, self._fresh_slots.pop())
 
     def _start(self, how: str, number: int, slot: int) -> None:
-        ours, theirs = channel_pair()
-        worker = Worker(number, slot, OutputPipe(self._loop), is_zygote=how == "become")
+        try:
+            output = OutputPipe(self._loop)
+        except OSError as error:
+            self._end(f"no descriptors for a worker: {error.strerror}")
+            return
+        try:
+            ours, theirs = channel_pair()
+        except OSError as error:
+            os.close(output.writer)
+            output.close()
+            self._end(f"no descriptors for a worker: {error.strerror}")
+            return
+        worker = Worker(number, slot, output, is_zygote=how == "become")
         self._workers[number] = worker
         limit = self._spec.limits.output_bytes + _FRAME_OVERHEAD_BYTES
         worker.channel = Channel(
