@@ -54,16 +54,19 @@ def without(text: str, secrets: Iterable[str]) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`12:00:01 warning  message  key=value …`, one line an event."""
+    """`12:00:01 warning message  key=value …`; a message of several lines is indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = getattr(record, "fields", {})
-        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} "
-        line += f"{record.levelname.lower():7} {printable(record.getMessage())}"
+        head = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} "
+        head += f"{record.levelname.lower():7} "
+        first, *more = printable(record.getMessage(), keep_newlines=True).split("\n")
+        line = head + first
         for key, value in fields.items():
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             line += f"  {key}={printable(text)}"
-        return line
+        # Further lines of a message stand under it, where none can pass for an event.
+        return "\n".join([line, *(" " * len(head) + text for text in more)])
 
 
 class JsonFormatter(logging.Formatter):

@@ -17,7 +17,7 @@ from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CgroupTree, detect, remove_stale
-from atp_sandbox.jails.snapshot import SnapshotHold, take_snapshot
+from atp_sandbox.jails.snapshot import SnapshotHold, prune, take_snapshot
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
@@ -88,6 +88,10 @@ class Node:
         if self._usage_timer is None:
             self._watch_usage()
             self._log_output()
+
+    def forget_old_snapshots(self) -> None:
+        """Remove snapshots that neither this node nor any other process serves."""
+        prune(self._store, set())
 
     def submit(self, call: NodeCall) -> None:
         """Run `call`; `call_finished` follows exactly once."""

@@ -104,6 +104,7 @@ class Supervisor:
             except SandboxError as error:
                 self._fail(error)
                 return
+        self._node.forget_old_snapshots()
         self._when_decided()
 
     def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None:

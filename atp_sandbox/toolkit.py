@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol, assert_never
 
 from atp_sandbox import log
-from atp_sandbox.confinement.plan import ToolkitView
+from atp_sandbox.confinement.plan import ToolkitView, jail_processes
 from atp_sandbox.discovery import Discovery, Tool, parse_report
 from atp_sandbox.errors import SandboxError, ToolkitError
 from atp_sandbox.jails.cgroup_mover import Mover
@@ -32,8 +32,6 @@ from workers.frames import FrameError, FrameTooLong, is_oversize
 
 RESTING_BYTES = 32 * 1024 * 1024
 """A zygote before its import: the interpreter and our modules, with room to spare."""
-RESTING_PROCESSES = 8
-"""Warden, zygote, and those that build and verify the jail."""
 _CALL_ID_BYTES = 16
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 30.0
@@ -439,7 +437,7 @@ class ServedToolkit:
             group = self._cgroups.jail(
                 f"{self.name}-{self._jails_made}",
                 memory_bytes=RESTING_BYTES + (1 + calls) * limits.memory_bytes,
-                pids_max=RESTING_PROCESSES + calls * limits.processes,
+                pids_max=jail_processes(limits),
             )
             group.prepare_calls(1 if calls == 1 else limits.concurrency + pool.MAX_AHEAD)
         return Jail(self._loop, self._spec(), group, self._mover, self)

@@ -74,14 +74,16 @@ def test_configuring_twice_does_not_double_lines(stream: io.StringIO) -> None:
 
 
 @given(st.text(), st.text())
-def test_no_text_makes_a_second_line_or_moves_the_cursor(sentence: str, value: str) -> None:
+def test_no_text_passes_for_another_line_or_moves_the_cursor(sentence: str, value: str) -> None:
     record = logging.LogRecord("atp_sandbox", log.INFO, "", 0, "%s", (sentence,), None)
     record.fields = {"value": value}
     for formatter in (log.TextFormatter(), log.JsonFormatter()):
-        line = formatter.format(record)
-        assert len(line.splitlines()) == 1
-        line.encode()
-        assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in line if c != "\t")
+        _first, *more = formatter.format(record).splitlines()
+        assert len(more) == (sentence.count("\n") if type(formatter) is log.TextFormatter else 0)
+        assert all(line.startswith(" " * 17) for line in more)
+        shown = formatter.format(record).replace("\n", "").replace("\t", "")
+        shown.encode()
+        assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in shown)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ MIN_LANDLOCK_ABI = 1
 """Linux 5.13. What a later one brings is substituted: see `landlock_features`."""
 FIRST_SLOTS = 3
 """Mounted by the warden unasked: the import's, and two with which the layers are verified."""
+RESTING_PROCESSES = 8
+"""Warden, zygote, and those that build and verify the jail."""
 SPARE_SLOTS = 4
 """Scratch slots beyond one a call and one forked ahead: those that are just being freed."""
 
@@ -57,6 +59,11 @@ class ToolkitView:
 def slot_count(limits: Limits) -> int:
     """How many scratch slots a jail has: the import's, one for every worker, some to spare."""
     return 1 + 2 * limits.concurrency + SPARE_SLOTS
+
+
+def jail_processes(limits: Limits) -> int:
+    """Processes and threads that a whole jail may have: its own few, and those of all its calls."""
+    return RESTING_PROCESSES + 2 * limits.concurrency * limits.processes
 
 
 def jail_plan(
@@ -104,7 +111,8 @@ def jail_plan(
             # Not 0, which a core dump that is piped to a program ignores; 1 forbids both: core(5).
             "core": 1,
             "nofile": limits.open_files,
-            "nproc": limits.processes,
+            # Counts for the whole jail; what one call may have is its control group's matter.
+            "nproc": jail_processes(limits),
             "memlock": 64 * 1024,
             "msgqueue": 0,
             "nice": 0,
