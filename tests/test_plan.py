@@ -84,6 +84,7 @@ def test_each_limit_is_where_the_kernel_enforces_it() -> None:
     found = plan(open_files=17, processes=5, scratch_bytes=1000, scratch_files=9)
     assert (found["scratch_bytes"], found["scratch_files"]) == (1000, 9)
     rlimits = found["rlimits"]
+    assert rlimits["fsize"] == 4000
     assert (rlimits["nofile"], rlimits["nproc"]) == (17, jail_processes(Limits(processes=5)))
     assert rlimits["msgqueue"] == rlimits["nice"] == rlimits["rtprio"] == 0
     assert rlimits["core"] == 1  # 0 would not keep a core dump from a program that takes it

@@ -17,6 +17,7 @@ from atp_sandbox.scheduling.pool import (
     END_S,
     HUNG_UP_S,
     MAX_AHEAD,
+    MAX_RETRY_S,
     NEXT_STATE,
     START_S,
     Assign,
@@ -445,7 +446,7 @@ def test_after_a_failed_start_the_next_one_waits_longer_each_time(failing: str) 
     assert waits == sorted(waits)
     assert waits[0] == pytest.approx(0.1)
     assert waits[1] == pytest.approx(0.2)
-    assert waits[-1] == pytest.approx(30)
+    assert waits[-1] == pytest.approx(MAX_RETRY_S)
 
 
 def test_a_worker_that_crashed_under_a_call_is_replaced_without_waiting() -> None:

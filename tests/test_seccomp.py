@@ -30,7 +30,7 @@ import pytest
 
 from workers.confinement import seccomp, seccomp_profiles, syscalls
 from workers.confinement.seccomp_profiles import LONE_WORKER, SUBPROCESS, WORKER, ZYGOTE
-from workers.confinement.seccomp_rules import ALLOW, Group, Profile
+from workers.confinement.seccomp_rules import ALLOW, KILL_PROCESS, Group, Profile
 from workers.confinement.syscall_numbers import NUMBERS
 
 MACHINE = platform.machine()
@@ -101,7 +101,7 @@ def refused_by_name(profile: Profile) -> list[tuple[str, int]]:
     """(call, errno) of every group that refuses whatever the arguments."""
     found = []
     for group in profile.groups:
-        if not group.cases and group.action != ALLOW:
+        if not group.cases and group.action not in (ALLOW, KILL_PROCESS):
             found += [(name, group.action & 0xFFFF) for name in group.calls.split()]
     return [row for row in found if row[0] in NUMBERS[MACHINE] and row[0] not in UNREFUSED]
 
@@ -225,10 +225,19 @@ def fork_and_leave() -> int:
     return 0
 
 
+def test_a_program_is_refused_in_an_import() -> None:
+    refused(BASE, lambda: call("execve", 0, 0, 0), errno.EPERM)
+    refused(BASE, lambda: call("execveat", -1, 0, 0, 0, 0), errno.EPERM)
+
+
+@pytest.mark.parametrize("profiles", [BOTH, LONE, (SUBPROCESS, WORKER)])
+def test_a_worker_that_replaces_itself_ends(profiles: Profiles) -> None:
+    refused(profiles, lambda: call("execve", 0, 0, 0), -signal.SIGSYS)
+    refused(profiles, lambda: call("execveat", -1, 0, 0, 0, 0), -signal.SIGSYS)
+
+
 @pytest.mark.parametrize("profiles", [BASE, BOTH, LONE, (SUBPROCESS, WORKER)])
-def test_a_program_is_refused(profiles: Profiles) -> None:
-    refused(profiles, lambda: call("execve", 0, 0, 0), errno.EPERM)
-    refused(profiles, lambda: call("execveat", -1, 0, 0, 0, 0), errno.EPERM)
+def test_a_program_beside_it_is_refused(profiles: Profiles) -> None:
     refused(profiles, lambda: subprocess.run([sys.executable, "-V"], check=False).returncode, 1)
 
 

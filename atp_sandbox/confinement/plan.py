@@ -113,6 +113,8 @@ def jail_plan(
             "nofile": limits.open_files,
             # Counts for the whole jail; what one call may have is its control group's matter.
             "nproc": jail_processes(limits),
+            # The tmpfs bounds what is stored; this bounds what a sparse file may claim.
+            "fsize": 4 * limits.scratch_bytes,
             "memlock": 64 * 1024,
             "msgqueue": 0,
             "nice": 0,

@@ -30,7 +30,8 @@ HUNG_UP_S = 2.0
 
 Word of the exit usually comes within 2 ms; with seven times more to do than cores, within 0.5 s."""
 _FIRST_RETRY_S = 0.1
-_MAX_RETRY_S = 30.0
+MAX_RETRY_S = 2.0
+"""A failed fork costs a millisecond; a machine that can again is to be used soon."""
 
 
 class State(Enum):
@@ -365,7 +366,7 @@ class Pool:
         """Failing to start is not crashing: wait, so as not to spin, and try again."""
         if worker.assigned_at is None:
             self._resume_at = now + self._retry_s
-            self._retry_s = min(_MAX_RETRY_S, self._retry_s * 2)
+            self._retry_s = min(MAX_RETRY_S, self._retry_s * 2)
 
     def _take_queued(self) -> Call:
         call = self._queue.popleft()

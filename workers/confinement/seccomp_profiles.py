@@ -18,6 +18,7 @@ from .seccomp_rules import (
     ALLOW,
     ENOSYS,
     EPERM,
+    KILL_PROCESS,
     OWN_PID,
     Group,
     Probe,
@@ -485,7 +486,14 @@ _NO_MORE_PROCESSES = (
         EPERM,
         (when(ALLOW, _NEW_THREAD),),
     ),
-    Group("no programs", "As above.", "fork vfork execve execveat", EPERM),
+    Group("no children", "As above.", "fork vfork", EPERM),
+    Group(
+        "no programs",
+        "An exec without a fork replaces the worker, which can then answer nobody: its end says so "
+        "at once. subprocess never comes this far.",
+        "execve execveat",
+        KILL_PROCESS,
+    ),
     Group(
         "confinement is complete",
         "Nothing of ours adds to it from here on.",
@@ -531,7 +539,6 @@ _NO_NEIGHBOURS = (
     ),
 )
 _WORKER_PROBES = (
-    Probe("execve", (0, 0, 0), errno.EPERM),  # would be EFAULT
     Probe("clone", (_SIGHAND,), errno.EPERM),  # would be EINVAL
     Probe("seccomp", (1, 0, 0), errno.EPERM),  # would be EFAULT
 )
