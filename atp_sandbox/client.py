@@ -104,7 +104,8 @@ class ToolKitClient:
     def start_in_background(self) -> None:
         """Serve in a thread of our own; returns once every tool is registered and connected.
 
-        SandboxError as `start`. End it with `stop()`.
+        SandboxError as `start`. End it with `stop()`. In the jail the script ends here, so whatever
+        tools are to be served must be registered before.
         """
         ready = threading.Event()
         failure: list[BaseException] = []

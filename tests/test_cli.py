@@ -338,3 +338,17 @@ def test_inspect_makes_the_toolkits_text_harmless(tmp_path: Path) -> None:
     assert not [c for c in done.stdout if ord(c) < 32 and c != "\n"]
     assert not {"\x9b", "\u202e"} & set(done.stdout)
     assert "t\\x1b]0;x\\x07" in done.stdout
+
+
+def test_other_systems_are_told_that_only_linux_will_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from atp_sandbox.__main__ import main
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: atp-sandbox runs on Linux only\ncause: this is darwin")
+    assert "\ntip: " in shown

@@ -98,9 +98,8 @@ class ToolKitClient:
         registry.on_start(self._number)
 
     def start_in_background(self) -> None:
-        """Mark this client as started and go on: `atp_sandbox.ToolKitClient` serves outside."""
-        registry.clients[self._number]["started"] = True
-        registry.on_registered()
+        """As `start`: what follows in a script that uses the library is for outside only."""
+        self.start()
 
     def stop(self) -> None:
         """Stop serving this client; quietly does nothing before `start()`."""
