@@ -83,7 +83,7 @@ def test_no_file_of_the_machine_or_of_the_supervisor_has_a_name_inside(
         str(ROOT / "atp_sandbox" / "supervisor.py"),
         str(ROOT / "workers" / "zygote.py"),
         *("/root/.bashrc", "/root/.ssh", "/root/.profile", "/etc/shadow", "/etc/machine-id"),
-        *("/var", "/sys", "/run", "/boot", "/mnt", "/srv", "/etc/ssh", "/bin/sh", "/usr/bin"),
+        *("/var/log", "/sys", "/run", "/boot", "/mnt", "/srv", "/etc/ssh", "/bin/sh"),
         *("/dev/tty", "/dev/mem", "/dev/kmsg", "/dev/fuse", "/dev/pts", "/proc/1", "/proc/2"),
         *("/proc/kallsyms", "/proc/sys", "/proc/mounts", "/proc/net", "/run/atp-sandbox"),
         *(str(path) for path in Path.home().iterdir() if not path.is_dir()),
@@ -107,7 +107,7 @@ def test_home_directories_of_the_machine_are_empty_but_for_the_interpreter(
 
         interpreter = (sys.base_prefix, sys.prefix, *sys.path)
         found = []
-        for top in ("/root", "/home", "/work", "/var", "/run"):
+        for top in ("/root", "/home", "/opt", "/var", "/run"):
             for where, _, files in os.walk(top):
                 if not any(where == p or where.startswith(p + "/") for p in interpreter if p):
                     found += [os.path.join(where, name) for name in files]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import ssl
@@ -82,17 +81,15 @@ def _certificates() -> Iterator[str]:
 
 
 def _own_code() -> Iterator[str]:
-    """Where our packages and their metadata are, if among the installed ones."""
+    """Where our packages and their metadata are: the ones that run, and any other installed copy."""
     for package in ("atp_sandbox", "workers"):
         path = os.path.join(_parent_of(package), package)
         yield from {path, os.path.realpath(path)}
-    try:
-        distribution = importlib.metadata.distribution("atp-sandbox")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    metadata = getattr(distribution, "_path", None)
-    if isinstance(metadata, Path) and metadata.is_dir():
-        yield str(metadata)
+    for directory in map(Path, _site_directories()):
+        yield from (str(path) for path in directory.glob("atp_sandbox*") if path.is_dir())
+        # The other's name is a common one; whose package it is, is seen by its content.
+        if (directory / "workers" / "warden.py").exists():
+            yield str(directory / "workers")
 
 
 def _parent_of(package: str) -> str:

@@ -71,7 +71,7 @@ class Run:
         except asyncio.TimeoutError:
             return None
 
-    async def wait_registered(self, n, timeout=15):
+    async def wait_registered(self, n, timeout=60):
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             if sum(1 for m in self.b.http_log if m[1] == "/api/v1/register_tool") >= n:
