@@ -81,7 +81,7 @@ def _certificates() -> Iterator[str]:
 
 
 def _own_code() -> Iterator[str]:
-    """Where our packages and their metadata are: the ones that run, and any other installed copy."""
+    """Where our packages and their metadata are: those that run, and any other installed copy."""
     for package in ("atp_sandbox", "workers"):
         path = os.path.join(_parent_of(package), package)
         yield from {path, os.path.realpath(path)}
