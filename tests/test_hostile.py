@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ SESSIONS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
 }
 _ELSEWHERE = {"R19": "long", "R26": "long", "N05": "long", "I03": "long", "C37": "race"}
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.xdist_group("hostile")]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0, reason="makes network namespaces and pids groups of its own: needs root"
+    ),
+    pytest.mark.xdist_group("hostile"),
+]
 
 
 def _session_of(case: Case) -> str:
