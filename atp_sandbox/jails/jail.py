@@ -245,7 +245,16 @@ class Jail:
     # -- set-up ------------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        launched = launch(self._spec, outside_id=self._outside_id, output_writer=self.output.writer)
+        try:
+            launched = launch(
+                self._spec, outside_id=self._outside_id, output_writer=self.output.writer
+            )
+        except OSError:
+            self.output.close()
+            release_id(self._outside_id)
+            if self._group is not None:
+                self._group.close()
+            raise
         self._builder = launched.builder
         self._warden_channel = Channel(
             self._loop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -45,38 +46,41 @@ class Launched:
 
 
 def launch(spec: JailSpec, *, outside_id: int | None, output_writer: int) -> Launched:
-    """Start building the jail; `output_writer` is closed here."""
-    warden_ours, warden_theirs = channel_pair()
-    zygote_ours, zygote_theirs = channel_pair()
-    plan = jail_plan(
-        host_view(),
-        spec.toolkit,
-        spec.limits,
-        outside_id=outside_id,
-        mountpoint=str(spec.mountpoint),
-        calls_per_worker=spec.calls_per_worker,
-    )
-    plan["warden_fd"] = warden_theirs.fileno()
-    plan["zygote_fd"] = zygote_theirs.fileno()
-    plan["output_fd"] = output_writer
-    plan_fd = os.memfd_create("plan")
-    with os.fdopen(os.dup(plan_fd), "w", encoding="utf-8") as file:
-        json.dump(plan, file)
-    os.lseek(plan_fd, 0, os.SEEK_SET)
-    builder = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(_BOOT), str(plan_fd)],
-        pass_fds=(plan_fd, warden_theirs.fileno(), zygote_theirs.fileno(), output_writer),
-        env={},
-        stdin=subprocess.DEVNULL,
-        stdout=output_writer,
-        stderr=output_writer,
-        start_new_session=True,
-        cwd="/",
-    )
-    os.close(plan_fd)
-    os.close(output_writer)
-    warden_theirs.close()
-    zygote_theirs.close()
+    """Start building the jail; `output_writer` is closed here, also after OSError."""
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        theirs.callback(os.close, output_writer)
+        warden_ours, warden_theirs = channel_pair()
+        ours.enter_context(warden_ours)
+        theirs.enter_context(warden_theirs)
+        zygote_ours, zygote_theirs = channel_pair()
+        ours.enter_context(zygote_ours)
+        theirs.enter_context(zygote_theirs)
+        plan = jail_plan(
+            host_view(),
+            spec.toolkit,
+            spec.limits,
+            outside_id=outside_id,
+            mountpoint=str(spec.mountpoint),
+            calls_per_worker=spec.calls_per_worker,
+        )
+        plan["warden_fd"] = warden_theirs.fileno()
+        plan["zygote_fd"] = zygote_theirs.fileno()
+        plan["output_fd"] = output_writer
+        plan_fd = os.memfd_create("plan")
+        theirs.callback(os.close, plan_fd)
+        os.write(plan_fd, json.dumps(plan).encode())
+        os.lseek(plan_fd, 0, os.SEEK_SET)
+        builder = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(_BOOT), str(plan_fd)],
+            pass_fds=(plan_fd, warden_theirs.fileno(), zygote_theirs.fileno(), output_writer),
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=output_writer,
+            stderr=output_writer,
+            start_new_session=True,
+            cwd="/",
+        )
+        ours.pop_all()
     return Launched(builder, warden_ours, zygote_ours)
 
 
