@@ -50,7 +50,8 @@ def test_tool_has_no_capability_and_can_gain_none(node: ServedNode) -> None:
     assert status["NoNewPrivs"] == "1"
     assert status["Uid"].split() == ["1000"] * 4
     assert status["Gid"].split() == ["1000"] * 4
-    assert status["Groups"].split() in ([], ["65534"])
+    # An ordinary user cannot give up the groups that he came with; unmapped, they name nobody.
+    assert set(status["Groups"].split()) <= {"1000", "65534"}
 
 
 def test_every_process_of_a_jail_is_unprivileged_as_seen_from_outside(node: ServedNode) -> None:

@@ -113,6 +113,7 @@ class Jail:
         self._zygote_inner_pid = 0
         self._zygote_pid = 0
         self._warden_pid = 0
+        self._builder_has_spoken = False
         self._warden_handle: ProcessHandle | None = None
         self._builder: subprocess.Popen[bytes] | None = None
         self._setup_timer: Timer | None = None
@@ -298,15 +299,20 @@ class Jail:
     def _on_up(self, pid: int, zygote_inner_pid: int) -> None:
         """The warden speaks: it is our child, so its number cannot have been used again."""
         self._warden_pid = pid
-        self._warden_channel.peer_pid = pid
         self._warden_handle = ProcessHandle(pid)
         self._zygote_inner_pid = zygote_inner_pid
+        self._settle_warden_channel()
         self._reap_builder()
         self._loop.watch(
             self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
         )
         for slot in range(FIRST_SLOTS, slot_count(self._spec.limits)):
             self._warden_channel.send(frames.encode("slot", slot))
+
+    def _settle_warden_channel(self) -> None:
+        """Once builder and warden have both spoken, in whichever order, only the warden may."""
+        if self._builder_has_spoken and self._zygote_inner_pid:
+            self._warden_channel.peer_pid = self._warden_pid
 
     def _on_locked(self, pid: int) -> None:
         """Look at the confined zygote from outside before any foreign code runs in it."""
@@ -357,6 +363,8 @@ class Jail:
         match message[0]:
             case "forked":
                 self._warden_pid = message[1]
+                self._builder_has_spoken = True
+                self._settle_warden_channel()
             case "failed":
                 self._fail_setup(message[1], message[3])
             case "up":
