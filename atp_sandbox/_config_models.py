@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -24,7 +24,7 @@ from pydantic import (
 
 from atp_sandbox import limits
 from atp_sandbox.log import printable
-from atp_sandbox.settings import Lifetime, parse_lifetime
+from atp_sandbox.settings import RESERVED_ENV, Lifetime, parse_lifetime
 
 MAX_TIME_S = 86_400
 """A day; whatever takes longer is no tool call."""
@@ -46,9 +46,6 @@ MAX_SHOWN_CHARS = 60
 """Of a value that is quoted in a complaint."""
 MAX_SENTENCE_CHARS = 200
 """Of a complaint in the words of `limits` or `settings`, which quote the whole value."""
-
-RESERVED_ENV: Final = ("ATP_API_KEY",)
-"""What toolkits read the key from; a jail never gets it."""
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TOOLKIT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from atp_sandbox.limits import Limits
 
+RESERVED_ENV = frozenset({"ATP_API_KEY"})
+"""What toolkits read the key from: a jail gets a placeholder, and no operator may set it."""
+
 
 class LifetimeKind(StrEnum):
     CALL = "call"

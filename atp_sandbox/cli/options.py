@@ -13,13 +13,11 @@ import click
 
 from atp_sandbox.errors import UsageError
 from atp_sandbox.limits import Limits, format_duration, format_size, parse_duration, parse_size
-from atp_sandbox.settings import Lifetime, ToolkitSettings, parse_lifetime
+from atp_sandbox.settings import RESERVED_ENV, Lifetime, ToolkitSettings, parse_lifetime
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS = Limits()
-RESERVED_NAMES = frozenset({"ATP_API_KEY"})
-"""Environment names that have a meaning of their own inside a jail."""
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -116,7 +114,7 @@ def environment_from(pairs: Sequence[str]) -> dict[str, str]:
         name, has_value, value = pair.partition("=")
         if not _ENV_NAME.fullmatch(name):
             raise UsageError(f"--env: {name!r} is no name of an environment variable")
-        if name in RESERVED_NAMES:
+        if name in RESERVED_ENV:
             raise UsageError(
                 f"--env: {name} is reserved",
                 tip="toolkits see a placeholder; the real key stays with the supervisor",
