@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from conftest import LogLine, NodeMaker, ServedNode, toolkit_text
 
-from atp_sandbox.jails.processes import read_status
+from atp_sandbox.jails.processes import ProcessStatus, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,13 +23,15 @@ def node(make_module_node: NodeMaker) -> ServedNode:
     return make_module_node(toolkit_text(), env={"REGION": "eu"})
 
 
-def jail_processes() -> list[psutil.Process]:
-    """Every process of the jails that this test process has, wardens first."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if read_status(process.pid).namespace_depth > len(own_namespaces("NSpid"))
-    ]
+def jail_processes() -> dict[int, ProcessStatus]:
+    """Every process of the jails that this test process has; workers may come and go meanwhile."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(ProcessLookupError):
+            status = read_status(process.pid)
+            if status.namespace_depth > len(own_namespaces("NSpid")):
+                found[process.pid] = status
+    return found
 
 
 def own_namespaces(row: str) -> list[str]:
@@ -56,12 +59,11 @@ def test_tool_has_no_capability_and_can_gain_none(node: ServedNode) -> None:
 
 def test_every_process_of_a_jail_is_unprivileged_as_seen_from_outside(node: ServedNode) -> None:
     node.assert_healthy()
-    processes = jail_processes()
-    wardens = [p for p in processes if p.ppid() == os.getpid()]
+    statuses = jail_processes().values()
+    wardens = [status for status in statuses if status.parent_pid == os.getpid()]
     assert wardens
-    for process in processes:
-        status = read_status(process.pid)
-        if process not in wardens:
+    for status in statuses:
+        if status not in wardens:
             assert status.capabilities == 0
             assert status.no_new_privs
         if os.geteuid() == 0:
@@ -209,13 +211,13 @@ def test_tool_cannot_kill_what_the_jail_rests_on(
 
 
 def test_kernel_holds_no_environment_or_arguments_of_ours(node: ServedNode) -> None:
-    for process in jail_processes():
+    for pid in jail_processes():
         try:
-            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-        except PermissionError:
-            continue  # not dumpable, and we are no root
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        except (PermissionError, FileNotFoundError, ProcessLookupError):
+            continue  # not dumpable, and we are no root; or it has ended
         assert environment == b""
-        arguments = b" ".join(Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0"))
         assert b"/toolkit" not in arguments
 
 
