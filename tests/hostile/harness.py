@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +219,13 @@ class Serve:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ATP_API_KEY", None)
         log = self.log_path.open("ab")
+
+        def in_child() -> None:
+            # Tests that are themselves run by nohup(1) would hand its ignored SIGHUP on.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            if before_exec is not None:
+                before_exec()
+
         self.process = cell.run(
             lambda: subprocess.Popen(
                 arguments,
@@ -226,7 +234,7 @@ class Serve:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=before_exec,
+                preexec_fn=in_child,
                 start_new_session=True,
             )
         )
