@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from atp_sandbox import limits
+from atp_sandbox.isolation import Level, Waivable, parse_level, parse_waived
 from atp_sandbox.log import printable
 from atp_sandbox.settings import RESERVED_ENV, Lifetime, parse_lifetime
 
@@ -94,6 +95,18 @@ def _lifetime(value: object) -> Lifetime:
     if not isinstance(value, str):
         raise _Rule()
     return parse_lifetime(value)
+
+
+def _level(value: object) -> Level:
+    if not isinstance(value, str):
+        raise _Rule()
+    return parse_level(value)
+
+
+def _waived(value: object) -> frozenset[Waivable]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise _Rule()
+    return parse_waived(value)
 
 
 def _url(value: str) -> str:
@@ -220,6 +233,13 @@ class LimitsModel(_Table):
     lifetime: Annotated[Lifetime, BeforeValidator(_lifetime)] | None = _from(
         '"call", "calls:N" (for example "calls:100") or "jail"'
     )
+    isolation: Annotated[Level, BeforeValidator(_level)] | None = _from(
+        '"strict", "container" or "none"'
+    )
+    waive: Annotated[frozenset[Waivable], BeforeValidator(_waived)] | None = _from(
+        'a list of layers, of "cgroup", "landlock" and "seccomp"'
+    )
+    subprocess: bool | None = _from("true or false")
 
 
 class ToolkitModel(LimitsModel):

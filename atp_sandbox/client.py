@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from atp_sandbox import log
 from atp_sandbox.errors import SandboxError, UsageError
+from atp_sandbox.isolation import Isolation, parse_level, parse_waived
 from atp_sandbox.limits import Limits
 from atp_sandbox.settings import (
     BackendSettings,
@@ -37,7 +38,8 @@ class ToolKitClient:
     """Registers functions of this script as tools and serves them, each call in its own process.
 
     `api_key`, `app_name` and `base_url` as in the SDK's documentation. Only by keyword: `limits`
-    and `lifetime` (`call`, `calls:N`, `jail`) of the calls; `env`, the environment of the jail, not
+    and `lifetime` (`call`, `calls:N`, `jail`) of the calls; `isolation` (`strict`, `container`,
+    `none`) and the layers to `waive` by name; `env`, the environment of the jail, not
     for secrets; `data`, files and folders that the script needs beside itself; `ws_path`, `0.1` or
     `0.2`; `state_dir`.
     """
@@ -50,6 +52,8 @@ class ToolKitClient:
         *,
         limits: Limits | None = None,
         lifetime: str = "call",
+        isolation: str = "strict",
+        waive: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         data: Sequence[str | Path] = (),
         ws_path: str = "0.2",
@@ -64,6 +68,7 @@ class ToolKitClient:
         )
         self._limits = limits or Limits()
         self._lifetime = parse_lifetime(lifetime)
+        self._isolation = Isolation(parse_level(isolation), parse_waived(waive))
         self._env = dict(env or {})
         self._data = tuple(Path(path) for path in data)
         self._state_dir = state_dir
@@ -149,7 +154,13 @@ class ToolKitClient:
                 log.configure()
             script = _main_script()
             toolkit = ToolkitSettings(
-                script.stem, script, self._data, self._env, self._limits, self._lifetime
+                name=script.stem,
+                path=script,
+                data=self._data,
+                env=self._env,
+                limits=self._limits,
+                lifetime=self._lifetime,
+                isolation=self._isolation,
             )
             state_dir = self._state_dir or default_state_dir(os.environ, os.geteuid())
             settings = ServeSettings((toolkit,), self._backend, Path(state_dir))

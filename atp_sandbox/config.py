@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from atp_sandbox import log
 from atp_sandbox.errors import UsageError
+from atp_sandbox.isolation import Isolation, Level
 from atp_sandbox.limits import MIB, Limits
-from atp_sandbox.settings import BackendSettings, Lifetime, ToolkitSettings
+from atp_sandbox.settings import BackendSettings, Lifetime, LifetimeKind, ToolkitSettings
 
 if TYPE_CHECKING:
     from atp_sandbox._config_models import BackendModel, LimitsModel, ToolkitModel
@@ -81,15 +82,18 @@ def load_config(path: Path) -> Config:
         raise _faults(path, checked, key_in_file=models.is_key_in_file(content))
     folder = path.absolute().parent
     limits = _limits(checked.defaults, Limits())
-    lifetime = checked.defaults.lifetime or Lifetime()
+    toolkits = []
+    for name, toolkit in checked.toolkit.items():
+        try:
+            toolkits.append(_toolkit(name, toolkit, folder, checked.defaults, limits))
+        except ValueError as error:
+            fault = (models.dotted(["toolkit", name]), str(error))
+            raise _faults(path, [fault], key_in_file=False) from None
     return Config(
-        tuple(
-            _toolkit(name, toolkit, folder, limits, lifetime)
-            for name, toolkit in checked.toolkit.items()
-        ),
+        tuple(toolkits),
         _backend(checked.backend, folder),
         limits,
-        lifetime,
+        checked.defaults.lifetime or Lifetime(),
     )
 
 
@@ -135,15 +139,23 @@ def _faults(path: Path, faults: list[tuple[str, str]], *, key_in_file: bool) -> 
 
 
 def _toolkit(
-    name: str, model: ToolkitModel, folder: Path, limits: Limits, lifetime: Lifetime
+    name: str, model: ToolkitModel, folder: Path, defaults: LimitsModel, limits: Limits
 ) -> ToolkitSettings:
+    """ValueError if what it asks for excludes each other."""
+    subprocess = _said(model.subprocess, _said(defaults.subprocess, False))
+    usual = Lifetime(LifetimeKind.JAIL) if subprocess else Lifetime()
     return ToolkitSettings(
         name=name,
         path=folder / model.path,
         data=tuple(folder / path for path in model.data),
         env=dict(model.env),
         limits=_limits(model, limits),
-        lifetime=model.lifetime or lifetime,
+        lifetime=model.lifetime or defaults.lifetime or usual,
+        isolation=Isolation(
+            _said(model.isolation, _said(defaults.isolation, Level.STRICT)),
+            _said(model.waive, _said(defaults.waive, frozenset())),
+        ),
+        may_start_programs=subprocess,
     )
 
 

@@ -15,14 +15,17 @@ from typing import Protocol
 from atp_sandbox import log
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
+from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
 from atp_sandbox.jails.cgroup_mover import Mover
-from atp_sandbox.jails.cgroups import CgroupTree, detect, remove_stale
+from atp_sandbox.jails.cgroups import CgroupSupport, CgroupTree, detect, remove_stale
+from atp_sandbox.jails.jail import SetupFailure
+from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import SnapshotHold, prune, take_snapshot
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ToolkitSettings
-from atp_sandbox.state import prepare
+from atp_sandbox.state import let_others_pass, prepare
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
 USAGE_SAMPLE_S = 0.02
@@ -47,12 +50,15 @@ class Node:
     def __init__(self, loop: Loop, state_dir: Path, listener: NodeListener) -> None:
         """SandboxError if the state directory cannot be used."""
         prepare(state_dir)
+        self._state_dir = state_dir
         self._loop = loop
         self._listener = listener
         self._store = state_dir / "snapshots"
-        self._mountpoint = _make_mountpoint(state_dir)
-        self._cgroups = _make_cgroups()
-        self._mover = Mover(loop.call_from_thread) if self._cgroups is not None else None
+        self._build_dir = _make_build_dir(state_dir)
+        self._cgroup_support: CgroupSupport | None = None
+        """What was found; None until a toolkit is to have control groups."""
+        self._cgroups: CgroupTree | None = None
+        self._mover: Mover | None = None
         self._holds: list[SnapshotHold] = []
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
@@ -72,15 +78,23 @@ class Node:
     def add(self, settings: ToolkitSettings) -> None:
         """Take a snapshot of the toolkit and find out in a jail what it registers.
 
-        ToolkitError if its files cannot be read. One of `toolkit_discovered` and `toolkit_failed`
-        follows.
+        ToolkitError if its files cannot be read, IsolationError if control groups are required and
+        cannot be had. One of `toolkit_discovered` and `toolkit_failed` follows.
         """
+        isolation = settings.isolation
+        for warning in isolation.warnings():
+            log.emit(log.WARNING, "isolation_weakened", warning, toolkit=settings.name)
+        if isolation.may_use_cgroups:
+            self._provide_cgroups(isolation)
+        if os.geteuid() == 0 and not isolation.has_namespaces:
+            let_others_pass(self._state_dir)
         snapshot = take_snapshot(settings.path, settings.data, self._store)
         for line in snapshot.skipped:
             log.emit(log.WARNING, "snapshot_skipped", line, toolkit=settings.name)
         self._holds.append(SnapshotHold(snapshot))
+        cgroups = self._cgroups if isolation.may_use_cgroups else None
         toolkit = ServedToolkit(
-            self._loop, settings, snapshot, self._mountpoint, self._cgroups, self._mover, self
+            self._loop, settings, snapshot, self._build_dir, cgroups, self._mover, self
         )
         self._toolkits[settings.name] = toolkit
         self._to_discover.append(toolkit)
@@ -152,6 +166,30 @@ class Node:
             self._discovering.add(toolkit.name)
             toolkit.discover()
 
+    def _provide_cgroups(self, isolation: Isolation) -> None:
+        """Control groups for our jails, if they can be made; else what is missing is told."""
+        if self._cgroup_support is None:
+            self._cgroup_support = support = detect()
+            if support.is_usable:
+                for group in remove_stale(support):
+                    message = "removed groups of a dead supervisor"
+                    log.emit(log.INFO, "cgroup_removed", message, group=group)
+                self._cgroups = CgroupTree(support)
+                self._mover = Mover(self._loop.call_from_thread)
+            else:
+                log.emit(
+                    log.WARNING,
+                    "cgroup_missing",
+                    f"no control group can be written: {WITHOUT[Waivable.CGROUP]}",
+                    cause=support.reason,
+                    tip=support.remedy,
+                )
+        if self._cgroups is None and isolation.requires_cgroups(is_root=os.geteuid() == 0):
+            reason = self._cgroup_support.reason
+            error = isolation_error(SetupFailure("cgroup", reason), isolation)
+            error.tip = f"{self._cgroup_support.remedy} {error.tip}"
+            raise error
+
     def _watch_usage(self) -> None:
         for toolkit in self._toolkits.values():
             toolkit.watch_usage()
@@ -163,7 +201,7 @@ class Node:
         self._output_timer = self._loop.call_later(OUTPUT_S, self._log_output)
 
 
-def _make_mountpoint(state_dir: Path) -> Path:
+def _make_build_dir(state_dir: Path) -> Path:
     """The empty directory on which jails are built, each in a mount namespace of its own.
 
     One serves all, and nothing ever shows in it here. A jail of a root supervisor reaches it as an
@@ -179,21 +217,3 @@ def _make_mountpoint(state_dir: Path) -> Path:
             tip="Jails are put together there; make it, empty, with mode 0755.",
         ) from error
     return path
-
-
-def _make_cgroups() -> CgroupTree | None:
-    """Control groups for our jails; None, and a warning, where none can be written."""
-    support = detect()
-    if not support.is_usable:
-        log.emit(
-            log.WARNING,
-            "cgroup_missing",
-            "no control group can be written: memory of calls is sampled, not limited by the "
-            "kernel",
-            cause=support.reason,
-            tip=support.remedy,
-        )
-        return None
-    for group in remove_stale(support):
-        log.emit(log.INFO, "cgroup_removed", "removed groups of a dead supervisor", group=group)
-    return CgroupTree(support)

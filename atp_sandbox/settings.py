@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
 
 RESERVED_ENV = frozenset({"ATP_API_KEY"})
@@ -56,6 +57,13 @@ class ToolkitSettings:
     """Environment of the jail; not for secrets."""
     limits: Limits = field(default_factory=Limits)
     lifetime: Lifetime = field(default_factory=Lifetime)
+    isolation: Isolation = field(default_factory=Isolation)
+    may_start_programs: bool = False
+    """Needs lifetime `jail`: no other process of another call is then in reach."""
+
+    def __post_init__(self) -> None:
+        if self.may_start_programs and self.lifetime.kind is not LifetimeKind.JAIL:
+            raise ValueError("subprocess needs the lifetime jail: each call then has its own")
 
 
 @dataclass(frozen=True, slots=True)

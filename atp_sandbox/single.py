@@ -38,6 +38,7 @@ class SingleToolkit:
         self._limits = settings.limits
         self.lifetime = settings.lifetime
         self.landlock_abi = 0
+        self.layers: list[str] = []
         self._node = Node(self._loop, Path(self._state.name), self)
         try:
             # One call is to come, if any: more processes ahead of need would be for nothing.
@@ -87,6 +88,7 @@ class SingleToolkit:
         self._name = toolkit.name
         self.lifetime = toolkit.lifetime
         self.landlock_abi = toolkit.landlock_abi
+        self.layers = toolkit.layers
         self._discovery = discovery
 
     def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None:

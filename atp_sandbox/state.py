@@ -81,6 +81,16 @@ def prepare(state_dir: Path) -> None:
         _check(state_dir / name, follow_symlinks=False)
 
 
+def let_others_pass(state_dir: Path) -> None:
+    """Let every user reach a snapshot whose name he knows, but list nothing.
+
+    For a root supervisor whose jails have no root directory of their own: they read theirs as an
+    unprivileged user. Locks and sockets stay closed.
+    """
+    for directory in (state_dir, state_dir / SNAPSHOTS):
+        directory.chmod(0o711)
+
+
 def _make(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700)

@@ -110,6 +110,14 @@ class Supervisor:
     def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None:
         self._discoveries[toolkit.name] = discovery
         self._undecided.discard(toolkit.name)
+        log.emit(
+            log.INFO,
+            "toolkit_discovered",
+            f"discovered {len(discovery.registrations)} tools",
+            toolkit=toolkit.name,
+            isolation=str(toolkit.settings.isolation),
+            lifetime=str(toolkit.lifetime),
+        )
         for warning in routing.warnings(toolkit.name, discovery):
             log.emit(log.WARNING, warning.event, warning.message, toolkit=toolkit.name)
         self._loop.call_soon(self._when_decided)
@@ -217,6 +225,7 @@ class Supervisor:
             tools=tools,
             toolkits=len(self._discoveries),
             links=len(self._units),
+            isolation=", ".join(sorted({str(t.isolation) for t in self._settings.toolkits})),
             seconds=round(time.monotonic() - self._started_at, 2),
         )
         self.on_ready()

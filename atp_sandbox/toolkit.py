@@ -9,17 +9,17 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Protocol, assert_never
 
 from atp_sandbox import log
-from atp_sandbox.confinement.plan import ToolkitView, jail_processes
+from atp_sandbox.confinement.plan import JailSpec, ToolkitView, jail_processes
 from atp_sandbox.discovery import Discovery, Tool, parse_report
 from atp_sandbox.errors import SandboxError, ToolkitError
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CgroupTree
 from atp_sandbox.jails.jail import Jail, SetupFailure
-from atp_sandbox.jails.launch import JailSpec
 from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import Snapshot
 from atp_sandbox.jails.worker import Exited
@@ -36,6 +36,8 @@ _CALL_ID_BYTES = 16
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 30.0
 _STABLE_S = 10.0
+_SCRATCH_LOOK_S = 0.5
+"""Between two looks at scratch that the kernel does not limit."""
 
 
 class State(Enum):
@@ -78,17 +80,18 @@ class ServedToolkit:
         loop: Loop,
         settings: ToolkitSettings,
         snapshot: Snapshot,
-        mountpoint: Path,
+        build_dir: Path,
         cgroups: CgroupTree | None,
         mover: Mover | None,
         listener: ToolkitListener,
     ) -> None:
+        """`build_dir` is an empty directory, in one where plain scratch directories may be made."""
         self._loop = loop
         self.settings = settings
         self.name = settings.name
         self.lifetime = settings.lifetime
         self._snapshot = snapshot
-        self._mountpoint = mountpoint
+        self._build_dir = build_dir
         self._cgroups = cgroups
         self._mover = mover
         self._jails_made = 0
@@ -107,6 +110,7 @@ class ServedToolkit:
         self._import_timer: Timer | None = None
         self._restart_s = _FIRST_RESTART_S
         self._launched_at = 0.0
+        self._next_scratch_look = 0.0
 
     # -- for the node ------------------------------------------------------------------------------
 
@@ -148,6 +152,12 @@ class ServedToolkit:
     def waiting(self) -> int:
         return self._pool.waiting
 
+    @property
+    def layers(self) -> list[str]:
+        """What confines it, in words; complete once it is discovered."""
+        version = 0 if self._cgroups is None else self._cgroups.version
+        return self.settings.isolation.layers(self.landlock_abi, version)
+
     def watch_usage(self) -> None:
         """Compare what each running call, or a running import, has used with what it may."""
         most = self.settings.limits.memory_bytes
@@ -160,6 +170,8 @@ class ServedToolkit:
                     )
                 )
             return
+        if not self.settings.isolation.has_namespaces:
+            self._watch_scratch()
         if self._cgroups is not None and self.settings.limits.cpu_s is None:
             return
         limits, now = self.settings.limits, self._loop.now()
@@ -170,6 +182,20 @@ class ServedToolkit:
                 self._obey(self._pool.stop_worker(number, verdict.memory_exceeded(limits), now))
             elif limits.cpu_s is not None and used.cpu_s > limits.cpu_s:
                 self._obey(self._pool.stop_worker(number, verdict.cpu_exceeded(limits), now))
+
+    def _watch_scratch(self) -> None:
+        """Where scratch is a plain directory, the warden is asked now and then how full it is."""
+        now = self._loop.now()
+        if now < self._next_scratch_look:
+            return
+        self._next_scratch_look = now + _SCRATCH_LOOK_S
+        for number, _ in list(self._pool.running_workers()):
+            seen = partial(self._on_scratch_seen, number, self._pool.call_of(number))
+            self._jail_of(number).measure_scratch(number, seen)
+
+    def _on_scratch_seen(self, number: int, call: pool.Call | None, is_full: bool) -> None:
+        if is_full and self._pool.call_of(number) is call:
+            self._stop(number, verdict.disk_exceeded(self.settings.limits))
 
     def log_output(self) -> None:
         """Log what the toolkit printed outside of calls."""
@@ -216,8 +242,6 @@ class ServedToolkit:
         if is_first:
             self._settle_lifetime(threads)
             self._listener.toolkit_discovered(self, discovery)
-        if self.lifetime.kind is not LifetimeKind.JAIL:
-            jail.seal_import()
         if self.state is State.SERVING:
             self._obey(self._pool.supply_up(self._loop.now()))
 
@@ -234,7 +258,7 @@ class ServedToolkit:
         )
 
     def jail_setup_failed(self, jail: Jail, failure: SetupFailure) -> None:
-        error = isolation_error(failure)
+        error = isolation_error(failure, self.settings.isolation)
         if jail in self._own_jails:
             log.emit(log.ERROR, "jail_failed", error.message, toolkit=self.name, cause=error.cause)
             self._lose_own_jail(jail, error.message)
@@ -443,18 +467,24 @@ class ServedToolkit:
         return Jail(self._loop, self._spec(), group, self._mover, self)
 
     def _spec(self) -> JailSpec:
-        snapshot = self._snapshot
-        import_path = ["/toolkit"]
-        if snapshot.package:
-            import_path.append(f"/toolkit/{snapshot.package}")
-        view = ToolkitView(
-            directory=str(snapshot.directory),
-            entry=snapshot.entry,
-            package=snapshot.package,
-            import_path=tuple(import_path),
-            env=self.settings.env,
+        snapshot, settings = self._snapshot, self.settings
+        directory = self._build_dir
+        if not settings.isolation.has_namespaces:
+            directory = directory.with_name(f"scratch-{secrets.token_hex(8)}")
+        return JailSpec(
+            toolkit=ToolkitView(
+                directory=str(snapshot.directory),
+                entry=snapshot.entry,
+                package=snapshot.package,
+                env=settings.env,
+            ),
+            limits=settings.limits,
+            isolation=settings.isolation,
+            forks_workers=self.lifetime.kind is not LifetimeKind.JAIL,
+            may_start_programs=settings.may_start_programs,
+            calls_per_worker=self.lifetime.calls,
+            directory=str(directory),
         )
-        return JailSpec(view, self.settings.limits, self.lifetime.calls, self._mountpoint)
 
     def _check(self, discovery: Discovery) -> None:
         if self.discovery is not None and discovery.signature != self.discovery.signature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import NodeMaker, toolkit_text, wait_until
 
 import atp_sandbox.jails.launch as launch_module
 from atp_sandbox.errors import IsolationError
+from atp_sandbox.isolation import Isolation, Level
 from atp_sandbox.jails.jail import SetupFailure
 from atp_sandbox.jails.remedies import REMEDIES, isolation_error
 
@@ -22,18 +24,26 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("key", "value", "step"),
     [
-        ("mountpoint", "/no/such/directory", "root"),
-        ("binds", [{"source": "/no/such/source", "target": "/x"}], "root"),
-        ("scratch_bytes", "much", "scratch"),
+        ("directory", "/no/such/directory", "root"),
+        ("root.binds", [{"source": "/no/such/source", "target": "/x"}], "root"),
+        ("scratch.bytes", "much", "scratch"),
     ],
 )
 def test_refused_step_stops_the_start_and_names_layer_cause_and_tip(
     make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, step: str
 ) -> None:
     build = launch_module.jail_plan
-    monkeypatch.setattr(
-        launch_module, "jail_plan", lambda *args, **kwargs: {**build(*args, **kwargs), key: value}
-    )
+
+    def altered(*args: Any, **named: Any) -> dict[str, Any]:
+        plan = build(*args, **named)
+        *tables, last = key.split(".")
+        table: Any = plan
+        for name in tables:
+            table = table[name]
+        table[last] = value
+        return plan
+
+    monkeypatch.setattr(launch_module, "jail_plan", altered)
     node = make_node(toolkit_text())
     assert isinstance(node.error, IsolationError)
     assert node.error.layer == REMEDIES[step].layer
@@ -46,13 +56,15 @@ def test_refused_step_stops_the_start_and_names_layer_cause_and_tip(
 
 
 def test_every_step_that_the_jail_names_has_a_remedy() -> None:
-    text = (ROOT / "workers" / "warden.py").read_text()
-    steps = {part.split('"')[0] for part in text.split('_step("')[1:]}
-    assert len(steps) > 5
+    sources = (ROOT / "workers" / "warden.py", ROOT / "workers" / "confinement" / "layers.py")
+    text = "".join(path.read_text() for path in sources)
+    steps = set(re.findall(r'(?:_step|Refused)\(\s*"(\w+)"', text))
+    assert len(steps) > 10
     for step in steps:
-        error = isolation_error(SetupFailure(step, "why"))
-        assert error.layer
-        assert error.tip
+        for level in Level:
+            error = isolation_error(SetupFailure(step, "why"), Isolation(level))
+            assert error.layer
+            assert error.tip
 
 
 def test_machine_without_user_namespaces_is_told_how_to_allow_them(tmp_path: Path) -> None:

@@ -578,11 +578,28 @@ def test_a_worker_does_not_see_the_names_of_new_files(tmp_path: Path) -> None:
     assert in_child(BASE, attempt) == 0
 
 
-def test_without_sockets_there_are_only_pairs() -> None:
-    closed = seccomp_profiles.without_sockets(ZYGOTE)
+@pytest.mark.parametrize("base", [ZYGOTE, SUBPROCESS], ids=lambda profile: profile.name)
+def test_without_namespaces_there_are_only_socket_pairs(base: Profile) -> None:
+    closed = seccomp_profiles.without_namespaces(base, has_signal_scope=True)
     for arguments in [(1, 1, 0), (2, 1, 0), (16, 3, 0)]:
         refused((closed,), partial(call, "socket", *arguments), errno.EACCES)
     assert in_child((closed,), lambda: len(socket.socketpair())) == 2
+
+
+def test_without_namespaces_nobody_outlives_the_warden() -> None:
+    pdeathsig, sigkill = 1, 9
+    closed = seccomp_profiles.without_namespaces(ZYGOTE, has_signal_scope=True)
+    assert in_child((closed,), lambda: call("prctl", pdeathsig, sigkill)) == 0
+    refused((closed,), lambda: call("prctl", pdeathsig, 0), errno.EPERM)
+    assert in_child(BASE, lambda: call("prctl", pdeathsig, 0)) == 0
+
+
+def test_without_namespaces_and_scopes_nobody_is_signalled() -> None:
+    closed = seccomp_profiles.without_namespaces(ZYGOTE, has_signal_scope=False)
+    refused((closed,), lambda: os.kill(os.getppid(), 0), errno.EPERM)
+    refused((closed,), lambda: os.kill(os.getpid(), 0), errno.EPERM)
+    scoped = seccomp_profiles.without_namespaces(ZYGOTE, has_signal_scope=True)
+    assert in_child((scoped,), lambda: os.kill(os.getpid(), 0)) is None
 
 
 # -- installing and verifying ----------------------------------------------------------------------

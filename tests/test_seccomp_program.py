@@ -36,7 +36,11 @@ PROFILES = {
         seccomp_profiles.SUBPROCESS,
         seccomp_profiles.WORKER,
         seccomp_profiles.LONE_WORKER,
-        seccomp_profiles.without_sockets(seccomp_profiles.ZYGOTE),
+        *(
+            seccomp_profiles.without_namespaces(base, has_signal_scope=has_scope)
+            for base in (seccomp_profiles.ZYGOTE, seccomp_profiles.SUBPROCESS)
+            for has_scope in (True, False)
+        ),
     )
 }
 ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}

@@ -57,7 +57,7 @@ def serve(
     `enter(slot)` confines this process to scratch `slot`; OSError ends it.
     """
     try:
-        channel = _settle(channel_fd, output_fd, slot)
+        channel = _settle(channel_fd, output_fd, scratch.Places.of(plan).inside(slot))
         try:
             enter(slot)
         except OSError as error:
@@ -84,14 +84,13 @@ def serve(
     os._exit(status)
 
 
-def _settle(channel_fd: int, output_fd: int, slot: int) -> socket.socket:
+def _settle(channel_fd: int, output_fd: int, home: str) -> socket.socket:
     """Make this process its own: streams, descriptors, scratch, random numbers, signals."""
     stdio.attach(output_fd)
     high_fd = fcntl.fcntl(channel_fd, fcntl.F_DUPFD_CLOEXEC, _CHANNEL_FD)
     os.close(channel_fd)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    path = scratch.slot_path(slot)
-    os.environ["HOME"] = os.environ["TMPDIR"] = path
+    os.environ["HOME"] = os.environ["TMPDIR"] = home
     tempfile.tempdir = None
     # The hooks that fork(2) would have run in Python's modules were skipped.
     random.seed()
@@ -108,14 +107,24 @@ def _answer_one(
 ) -> None:
     call_id, index, params_json, token_json, is_sample = _receive(channel, decoder)
     entry = registry.registrations[index]
+    pid = os.getpid()
     try:
         kind, body = _run(entry, params_json, token_json, is_sample, output_bytes)
     except _TooLarge as too_large:
+        _end_if_not(pid)
         stdio.flush()
         channel.sendall(frames.oversize_head(call_id, too_large.least_bytes))
         return
+    _end_if_not(pid)
     stdio.flush()
     channel.sendall(frames.encode("answer", call_id, kind, body))
+
+
+def _end_if_not(pid: int) -> None:
+    """A child that the tool forked has come out of it: the answer is its parent's to give."""
+    if os.getpid() != pid:
+        stdio.flush()
+        os._exit(0)
 
 
 def _receive(

@@ -7,7 +7,7 @@ tables below has them; any other is refused by its first byte, before anything i
 frame longer than the reader allows is a violation too. After one the stream is unusable and its
 peer ends.
 
-    supervisor → warden     slot, measure, seal
+    supervisor → warden     slot, measure
     warden → supervisor     forked, up, failed, slot_ready, measured, exited
     supervisor → zygote     go, fork, become
     zygote → supervisor     refused, locked, discovered, broken, stopped, fork_failed
@@ -62,7 +62,6 @@ _KINDS = _kinds()
 TO_WARDEN = {
     "slot": (INT,),  # slot: mount a fresh scratch directory for it, in place of what it had
     "measure": (INT,),  # slot: is it full?
-    "seal": (),  # the import is over: its scratch is read-only from now on
 }
 FROM_WARDEN = {
     "forked": (INT,),  # from the builder, before it ends: the warden's process id outside

@@ -1,12 +1,14 @@
 """The jail's first process: ours, privileged inside its user namespace only, and dull on purpose.
 
-It reaps every process of the jail, mounts and unmounts scratch, and ends everything by ending
-itself: when the supervisor goes, its channel closes, and the kernel kills the whole PID namespace.
-It never runs toolkit code and holds no toolkit data.
+It reaps every process of the jail, makes and removes scratch, and ends everything by ending itself:
+when the supervisor goes, its channel closes, and the kernel kills the whole PID namespace. Where
+there is none, it ends all of its descendants first. It never runs toolkit code and holds no toolkit
+data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -18,6 +20,8 @@ from . import frames, zygote
 from .confinement import namespaces, privileges, root, scratch, syscalls
 
 Plan = dict[str, Any]
+_MOST_PASSES = 10_000
+"""Over the processes that are ended: whoever still makes new ones is left to the supervisor."""
 
 
 class StepFailed(Exception):
@@ -55,6 +59,13 @@ def start(plan: Plan) -> NoReturn:
 def _run_steps(plan: Plan) -> None:
     """What must happen outside the new PID namespace; the order is ARCHITECTURE.md's."""
     outside_id = plan["outside_id"]
+    if plan["root"] is None:
+        _step("scratch", _make_directory, plan["directory"], outside_id)
+        if outside_id is not None:
+            _step("capabilities", privileges.empty_bounding_set)
+            _step("identity", namespaces.become_user, outside_id)
+        _step("files", _see_that_files_can_be_read, plan)
+        return
     if outside_id is not None:
         _step("mount_namespace", namespaces.enter_mount_namespace)
         _step("root", root.build, plan)
@@ -64,16 +75,33 @@ def _run_steps(plan: Plan) -> None:
         _step("root", root.build, plan)
 
 
+def _make_directory(path: str, owner: int | None) -> None:
+    os.mkdir(path, 0o700)
+    if owner is not None:
+        os.chown(path, owner, owner)
+
+
+def _see_that_files_can_be_read(plan: Plan) -> None:
+    """As the user whose toolkit it will be: its own files, and the interpreter."""
+    for path in (os.path.join(plan["toolkit_directory"], plan["entry"]), plan["executable"]):
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
 def _run(plan: Plan, channel: socket.socket) -> NoReturn:
     privileges.hide_from_tracers()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _step("nested_namespaces", namespaces.forbid_nested_user_namespaces)
-    _step("hostname", namespaces.name_host, "jail")
-    _step("loopback", namespaces.bring_loopback_up)
-    _step("pivot_root", root.enter, plan)
-    slots = scratch.Slots(plan)
-    for slot in range(plan["first_slots"]):
-        _step("scratch", slots.mount, slot)
+    if plan["root"] is None:
+        _step("subreaper", syscalls.prctl, syscalls.PR_SET_CHILD_SUBREAPER, 1)
+        slots: scratch.Slots = scratch.PlainSlots(plan)
+    else:
+        _step("nested_namespaces", namespaces.forbid_nested_user_namespaces)
+        _step("hostname", namespaces.name_host, "jail")
+        _step("loopback", namespaces.bring_loopback_up)
+        _step("pivot_root", root.enter, plan)
+        slots = scratch.MountedSlots(plan)
+    _step("scratch", slots.prepare)
+    for slot in range(1, plan["scratch"]["first_slots"]):
+        _step("scratch", slots.renew, slot)
     wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
@@ -88,12 +116,19 @@ def _run(plan: Plan, channel: socket.socket) -> NoReturn:
     os.close(plan["zygote_fd"])
     os.close(plan["output_fd"])
     channel.sendall(frames.encode("up", zygote_pid))
-    _serve(channel, slots, wake_reader, zygote_pid)
+    try:
+        _serve(channel, slots, wake_reader, None if plan["reports_all_exits"] else zygote_pid)
+    finally:
+        if plan["root"] is None:
+            _end_descendants()
+            slots.close()
+    os._exit(0)
 
 
 def _serve(
-    channel: socket.socket, slots: scratch.Slots, wake_reader: int, zygote_pid: int
-) -> NoReturn:
+    channel: socket.socket, slots: scratch.Slots, wake_reader: int, reported_pid: int | None
+) -> None:
+    """Until the supervisor hangs up."""
     decoder = frames.Decoder(frames.TO_WARDEN, frames.MAX_CONTROL_BYTES)
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
@@ -106,10 +141,10 @@ def _serve(
         if channel.fileno() in ready:
             data = channel.recv(65536)
             if not data:
-                os._exit(0)
+                return
             for message in decoder.feed(data):
                 _obey(message, slots, replies)
-        replies += _reap()
+        replies += _reap(reported_pid)
         if replies:
             channel.sendall(b"".join(replies))
 
@@ -118,16 +153,17 @@ def _obey(message: frames.Message, slots: scratch.Slots, replies: list[bytes]) -
     name = message[0]
     if name == "slot":
         was_full = slots.is_full(message[1])
-        slots.mount(message[1])
+        slots.renew(message[1])
         replies.append(frames.encode("slot_ready", message[1], was_full))
     elif name == "measure":
         replies.append(frames.encode("measured", message[1], slots.is_full(message[1])))
-    elif name == "seal":
-        slots.seal_import()
 
 
-def _reap() -> list[bytes]:
-    """One `exited` frame for every process that ended, with who is left afterwards."""
+def _reap(reported_pid: int | None) -> list[bytes]:
+    """One `exited` frame for every process that ended, with who is left afterwards.
+
+    Where programs may be started, only for `reported_pid`: the others are no business of ours.
+    """
     gone = []
     while True:
         try:
@@ -137,29 +173,67 @@ def _reap() -> list[bytes]:
         if pid == 0:
             break
         cpu_us = int((usage.ru_utime + usage.ru_stime) * 1_000_000)
-        gone.append((pid, status, cpu_us, usage.ru_maxrss))
+        if reported_pid in (None, pid):
+            gone.append((pid, status, cpu_us, usage.ru_maxrss))
     if not gone:
         return []
-    left = _children()
+    left = _children_of(os.getpid())  # orphans of the jail are among them
     return [frames.encode("exited", *row, left) for row in gone]
 
 
-def _children() -> list[int]:
-    """Process ids of our living children; orphans of the jail are among them (proc(5))."""
-    fd = os.open("/proc/self/task/1/children", os.O_RDONLY | os.O_CLOEXEC)
+def _children_of(pid: int) -> list[int]:
+    """Process ids of its living children, of whichever thread (proc(5))."""
+    found: list[int] = []
     try:
-        text = b""
-        while True:
-            part = os.read(fd, 65536)
-            if not part:
-                break
-            text += part
-    finally:
-        os.close(fd)
-    return [int(pid) for pid in text.split()]
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except (FileNotFoundError, ProcessLookupError):  # it has ended; its children are ours then
+        pass
+    return found
 
 
-def _step(name: str, action: Callable[..., None], *arguments: Any) -> None:
+def _end_descendants() -> None:
+    """Without a PID namespace: stop all that came of us, until nothing new does, then kill it.
+
+    Whatever is orphaned meanwhile becomes our own child (PR_SET_CHILD_SUBREAPER).
+    """
+    stopped: set[int] = set()
+    for _ in range(_MOST_PASSES):
+        found = _descendants() - stopped
+        if not found:
+            break
+        for pid in found:
+            _signal(pid, signal.SIGSTOP)
+        stopped |= found
+    for _ in range(_MOST_PASSES):
+        for pid in _descendants():
+            _signal(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+
+
+def _descendants() -> set[int]:
+    found: set[int] = set()
+    waiting = _children_of(os.getpid())
+    while waiting:
+        pid = waiting.pop()
+        if pid not in found:
+            found.add(pid)
+            waiting += _children_of(pid)
+    return found
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _step(name: str, action: Callable[..., object], *arguments: Any) -> None:
     try:
         action(*arguments)
     except OSError as error:

@@ -39,12 +39,13 @@ def start(plan: dict[str, Any]) -> NoReturn:
     stdio.attach(plan["output_fd"])
     os.environ.clear()
     os.environ.update(plan["env"])
-    os.chdir("/toolkit")
+    os.chdir(plan["toolkit_directory"])
     zygote = _Zygote(plan)
     try:
         zygote.confine()
         zygote.wait_for_go()
-        privileges.hide_from_tracers()
+        if plan["is_confined"]:
+            privileges.hide_from_tracers()
         zygote.run()
     except BaseException:  # the outer door: what the toolkit left behind must not unwind into ours
         stdio.flush()
@@ -118,7 +119,7 @@ class _Zygote:
         site.setquit()  # `exit` and `quit`, which an interpreter without site lacks
         site.sethelper()
         sys.path[:] = [*plan["toolkit_path"], *sys.path, *plan["site_path"]]
-        path = "/toolkit/" + plan["entry"]
+        path = os.path.join(plan["toolkit_directory"], plan["entry"])
         sys.argv = [path]
         sys.executable = plan["executable"]
         main = types.ModuleType("__main__")

@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from atp_sandbox.cli.options import limits_from, toolkit_options, toolkits_from
+from atp_sandbox.cli.options import toolkit_options, toolkits_from
 from atp_sandbox.errors import UsageError
 from atp_sandbox.outcome import Failure, outcome_json
-from atp_sandbox.settings import Lifetime
 
 
 @click.command()
@@ -30,9 +29,7 @@ def call(
     arguments: tuple[str, ...],
     params: str | None,
     auth_token_env: str | None,
-    env: tuple[str, ...],
-    data: tuple[Path, ...],
-    **limits: Any,
+    **options: Any,
 ) -> int:
     """Run one tool of a toolkit in the sandbox, without any backend.
 
@@ -53,9 +50,7 @@ def call(
     log.configure(level=log.WARNING)
     given = _parameters(arguments, params)
     token = _token(auth_token_env)
-    (settings,) = toolkits_from(
-        [toolkit], env=env, data=data, limits=limits_from(limits), lifetime=Lifetime()
-    )
+    (settings,) = toolkits_from([toolkit], options)
     request = ToolRequest("null", tool, given, json.dumps(given), token)
     with SingleToolkit(settings) as single:
         tools = {t.name: ServedTool(settings.name, "", t) for t in single.discovery.registrations}

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from atp_sandbox.cli.options import LIFETIME, limits_from, toolkit_options, toolkits_from
+from atp_sandbox.cli.options import LIFETIME, toolkit_options, toolkits_from
+from atp_sandbox.isolation import Isolation, Level, Waivable
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 
-BETWEEN_TOOLKITS = (
-    "Between this toolkit, other toolkits and the machine: the jail (its own namespaces, root "
-    "directory, user id and resource limits)."
-)
+if TYPE_CHECKING:
+    from atp_sandbox.single import SingleToolkit
+
+BETWEEN_TOOLKITS = {
+    Level.STRICT: (
+        "Between this toolkit, other toolkits and the machine: the jail (its own namespaces, root "
+        "directory, user id and resource limits)."
+    ),
+    Level.CONTAINER: (
+        "Between this toolkit, other toolkits and the machine: Landlock and the system call "
+        "filter, and for root a user id of its own. No namespaces."
+    ),
+    Level.NONE: "Between this toolkit, other toolkits and the machine: NOTHING.",
+}
+NETWORK = {
+    Level.STRICT: "none: nothing is reachable from the jail",
+    Level.CONTAINER: "none: sockets are refused",
+    Level.NONE: "ALL that this machine can reach",
+}
 BETWEEN_CALLS = {
     LifetimeKind.CALL: (
         "Between its calls: a process and a scratch directory of their own. That holds against "
@@ -42,10 +58,7 @@ BETWEEN_CALLS = {
 def inspect(
     toolkit: Path,
     as_json: bool,
-    lifetime: Lifetime | None,
-    env: tuple[str, ...],
-    data: tuple[Path, ...],
-    **limits: Any,
+    **options: Any,
 ) -> None:
     """Show what a toolkit registers and what would separate its calls.
 
@@ -59,22 +72,28 @@ def inspect(
     from atp_sandbox.single import SingleToolkit
 
     log.configure(level=log.WARNING)
-    (settings,) = toolkits_from(
-        [toolkit], env=env, data=data, limits=limits_from(limits), lifetime=lifetime or Lifetime()
-    )
+    (settings,) = toolkits_from([toolkit], options)
     with SingleToolkit(settings) as single:
-        found = describe(settings, single.discovery, single.lifetime)
+        found = describe(settings, single)
     click.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
-def describe(settings: ToolkitSettings, discovery: Any, lifetime: Lifetime) -> dict[str, Any]:
+def describe(settings: ToolkitSettings, single: SingleToolkit) -> dict[str, Any]:
     """The findings as plain JSON values; no key is among them."""
+    discovery, lifetime, isolation = single.discovery, single.lifetime, settings.isolation
     return {
         "toolkit": settings.name,
         "lifetime": str(lifetime),
         "ended": discovery.ended,
-        "separates": [BETWEEN_TOOLKITS, BETWEEN_CALLS[lifetime.kind]],
-        "network": "none: nothing is reachable from the jail",
+        "isolation": {
+            "level": isolation.level.value,
+            "waived": sorted(isolation.waived),
+            "layers": single.layers,
+            "warnings": isolation.warnings(),
+        },
+        "separates": [BETWEEN_TOOLKITS[isolation.level], _between_calls(isolation, lifetime)],
+        "network": NETWORK[isolation.level],
+        "subprocess": settings.may_start_programs,
         "limits": {
             "time_s": settings.limits.time_s,
             "memory_bytes": settings.limits.memory_bytes,
@@ -106,6 +125,17 @@ def describe(settings: ToolkitSettings, discovery: Any, lifetime: Lifetime) -> d
     }
 
 
+def _between_calls(isolation: Isolation, lifetime: Lifetime) -> str:
+    if isolation.level is Level.NONE:
+        return "Between its calls: NOTHING but a process each."
+    if Waivable.LANDLOCK in isolation.waived and lifetime.kind is LifetimeKind.CALL:
+        return (
+            "Between its calls: a process and a scratch directory of their own, but no Landlock "
+            "domain, which was waived: they can reach each other's memory."
+        )
+    return BETWEEN_CALLS[lifetime.kind]
+
+
 def render(found: dict[str, Any]) -> str:
     """The findings for a person; the toolkit's text is made harmless."""
     from atp_sandbox.limits import format_duration, format_size
@@ -119,7 +149,11 @@ def render(found: dict[str, Any]) -> str:
         f"{format_size(limits['memory_bytes'])}, output {format_size(limits['output_bytes'])}, "
         f"scratch {format_size(limits['scratch_bytes'])}",
         f"Network   {found['network']}",
+        f"Isolation {found['isolation']['level']}: {', '.join(found['isolation']['layers'])}",
     ]
+    rows += [f"          ⚠ {warning}" for warning in found["isolation"]["warnings"]]
+    if found["subprocess"]:
+        rows.append("Programs  its tools may start those of this machine, inside the jail")
     for client in found["clients"]:
         state = "" if client["started"] else "  (never started)"
         rows.append(

@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from atp_sandbox.errors import UsageError
+from atp_sandbox.isolation import Isolation, Level, parse_waived
 from atp_sandbox.limits import Limits, format_duration, format_size, parse_duration, parse_size
-from atp_sandbox.settings import RESERVED_ENV, Lifetime, ToolkitSettings, parse_lifetime
+from atp_sandbox.settings import (
+    RESERVED_ENV,
+    Lifetime,
+    LifetimeKind,
+    ToolkitSettings,
+    parse_lifetime,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,9 +48,24 @@ SIZE = _Parsed("size", parse_size)
 DURATION = _Parsed("duration", parse_duration)
 LIFETIME = _Parsed("lifetime", parse_lifetime)
 
+isolation_options = (
+    click.option(
+        "--isolation",
+        type=click.Choice([level.value for level in Level]),
+        help="strict: namespaces and all. container: for inside a container that forbids them. "
+        "none: plain processes, for development. [strict]",
+    ),
+    click.option(
+        "--waive",
+        multiple=True,
+        metavar="LAYER",
+        help="Do without landlock, seccomp or cgroup, by name; said at every start.",
+    ),
+)
+
 
 def toolkit_options(command: F) -> F:
-    """The limits, the environment and the files of a toolkit given on the command line."""
+    """What a toolkit given on the command line may use, and how it is confined."""
     options = [
         click.option(
             "--env",
@@ -96,6 +118,12 @@ def toolkit_options(command: F) -> F:
             metavar="SIZE",
             help=f"Largest result, as JSON. [{format_size(DEFAULTS.output_bytes)}]",
         ),
+        click.option(
+            "--subprocess",
+            is_flag=True,
+            help="Let its tools start programs; each call then gets a jail of its own.",
+        ),
+        *isolation_options,
     ]
     for option in reversed(options):
         command = option(command)
@@ -104,7 +132,17 @@ def toolkit_options(command: F) -> F:
 
 def limits_from(given: Mapping[str, Any]) -> Limits:
     """The default limits, with those that were given."""
-    return replace(DEFAULTS, **{name: value for name, value in given.items() if value is not None})
+    names = {field.name for field in fields(Limits)} & given.keys()
+    return replace(DEFAULTS, **{name: given[name] for name in names if given[name] is not None})
+
+
+def isolation_from(given: Mapping[str, Any]) -> Isolation:
+    """The level and what is waived of it; UsageError if it cannot be."""
+    try:
+        level = Level(given["isolation"] or Level.STRICT)
+        return Isolation(level, parse_waived(given["waive"]))
+    except ValueError as error:
+        raise UsageError(f"--waive: {error}") from None
 
 
 def environment_from(pairs: Sequence[str]) -> dict[str, str]:
@@ -127,27 +165,39 @@ def environment_from(pairs: Sequence[str]) -> dict[str, str]:
     return environment
 
 
-def toolkits_from(
-    paths: Sequence[Path],
-    *,
-    env: Sequence[str] = (),
-    data: Sequence[Path] = (),
-    limits: Limits,
-    lifetime: Lifetime,
-) -> tuple[ToolkitSettings, ...]:
-    """One toolkit a path, named after it; UsageError if values for one are given to several."""
+def toolkits_from(paths: Sequence[Path], given: Mapping[str, Any]) -> tuple[ToolkitSettings, ...]:
+    """One toolkit a path, named after it, with the options of `toolkit_options` as `given`.
+
+    UsageError if values for one are given to several, or exclude each other.
+    """
+    env, data = given["env"], given["data"]
     if len(paths) > 1 and (env or data):
         raise UsageError(
             "--env and --data are for one toolkit",
             tip="with several, write an atp-sandbox.toml with a [toolkit.NAME] table for each",
         )
-    environment = environment_from(env)
+    subprocess = given["subprocess"]
+    usual = Lifetime(LifetimeKind.JAIL) if subprocess else Lifetime()
+    first = ToolkitSettings(
+        name="",
+        path=Path(),
+        data=tuple(data),
+        env=environment_from(env),
+        limits=limits_from(given),
+        isolation=isolation_from(given),
+    )
+    try:
+        first = replace(
+            first, lifetime=given.get("lifetime") or usual, may_start_programs=subprocess
+        )
+    except ValueError as error:
+        raise UsageError(f"--subprocess: {error}", tip="leave --lifetime out") from None
     taken: set[str] = set()
     toolkits = []
     for path in paths:
         name = _name(path, taken)
         taken.add(name)
-        toolkits.append(ToolkitSettings(name, path, tuple(data), environment, limits, lifetime))
+        toolkits.append(replace(first, name=name, path=path))
     return tuple(toolkits)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from atp_sandbox.cli.options import LIFETIME, limits_from, toolkit_options, toolkits_from
+from atp_sandbox.cli.options import LIFETIME, toolkit_options, toolkits_from
 from atp_sandbox.errors import UsageError
-from atp_sandbox.settings import BackendSettings, Lifetime, ServeSettings, ToolkitSettings
+from atp_sandbox.settings import BackendSettings, ServeSettings, ToolkitSettings
 
 CONFIG_NAME = "atp-sandbox.toml"
 
@@ -152,22 +152,7 @@ def _toolkits_and_backend(
         loaded = load_config(config_path)
         toolkits, config = loaded.toolkits, loaded.backend
     else:
-        names = (
-            "time_s",
-            "cpu_s",
-            "import_time_s",
-            "memory_bytes",
-            "output_bytes",
-            "concurrency",
-            "queue",
-        )
-        toolkits = toolkits_from(
-            paths,
-            env=given["env"],
-            data=given["data"],
-            limits=limits_from({name: given[name] for name in names}),
-            lifetime=given["lifetime"] or Lifetime(),
-        )
+        toolkits = toolkits_from(paths, given)
     key_source = given["api_key_file"]
     as_written = given["as_written"] or config.as_written
     if as_written and key_source is not None:
@@ -206,8 +191,11 @@ def _refuse_with_config(given: dict[str, Any]) -> None:
         "concurrency": "--concurrency",
         "queue": "--queue",
         "lifetime": "--lifetime",
+        "subprocess": "--subprocess",
+        "isolation": "--isolation",
+        "waive": "--waive",
     }
-    both = [shown for name, shown in names.items() if given[name] not in (None, ())]
+    both = [shown for name, shown in names.items() if given[name] not in (None, (), False)]
     if both:
         raise UsageError(
             f"{', '.join(both)} cannot be given together with a configuration",

@@ -1,6 +1,7 @@
-"""What one jail consists of, as data: the plan that `workers.warden` carries out step by step.
+"""What one jail consists of, as data: the plan that `workers` carries out step by step.
 
-PURE: from what the machine has (`HostView`) and what the toolkit may do to a JSON object.
+PURE: from what the machine has (`HostView`) and what the toolkit may do (`JailSpec`) to a JSON
+object. The isolation level is decided on here; what reads the plan knows only steps to take.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
 
 INSIDE_ID = 1000
@@ -39,6 +41,8 @@ class HostView:
     """The directory from which `workers` imports msgpack."""
     executable: str
     """The interpreter, which is in `read_only` and becomes `sys.executable` inside."""
+    programs: tuple[str, ...] = ()
+    """Directories of programs, for toolkits that may start some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +55,28 @@ class ToolkitView:
     """The file to run, relative to the snapshot."""
     package: str
     """The package it runs in; empty for a plain script."""
-    import_path: tuple[str, ...]
-    """What goes first on `sys.path`, as seen inside."""
     env: Mapping[str, str]
 
 
-def slot_count(limits: Limits) -> int:
+@dataclass(frozen=True, slots=True)
+class JailSpec:
+    """One jail, as its toolkit's operator wants it."""
+
+    toolkit: ToolkitView
+    limits: Limits
+    isolation: Isolation
+    forks_workers: bool
+    """Whether its zygote forks a worker for each call; else it serves one call itself."""
+    may_start_programs: bool
+    calls_per_worker: int
+    directory: str
+    """`strict`: an empty directory of the supervisor, on which every jail mounts its root in a
+    namespace of its own. Else one that this jail makes, for scratch."""
+
+
+def slot_count(limits: Limits, *, forks_workers: bool = True) -> int:
     """How many scratch slots a jail has: the import's, one for every worker, some to spare."""
-    return 1 + 2 * limits.concurrency + SPARE_SLOTS
+    return 1 + 2 * limits.concurrency + SPARE_SLOTS if forks_workers else FIRST_SLOTS
 
 
 def jail_processes(limits: Limits) -> int:
@@ -66,79 +84,115 @@ def jail_processes(limits: Limits) -> int:
     return RESTING_PROCESSES + 2 * limits.concurrency * limits.processes
 
 
-def jail_plan(
-    host: HostView,
-    toolkit: ToolkitView,
-    limits: Limits,
-    *,
-    outside_id: int | None,
-    mountpoint: str,
-    calls_per_worker: int,
-) -> dict[str, object]:
+def jail_plan(host: HostView, spec: JailSpec, *, outside_id: int | None) -> dict[str, object]:
     """The plan of one jail. `outside_id` is the unprivileged id a root supervisor gives it."""
-    slots = slot_count(limits)
+    isolation, limits, toolkit = spec.isolation, spec.limits, spec.toolkit
+    if isolation.has_namespaces:
+        here, scratch = "/toolkit", "/scratch"
+    else:
+        here, scratch = toolkit.directory, spec.directory
     return {
         "outside_id": outside_id,
-        "mountpoint": mountpoint,
-        "directories": [
-            "/dev",
-            "/proc",
-            "/tmp",
-            "/toolkit",
-            *(f"/scratch/{slot}" for slot in range(slots)),
-        ],
-        "symlinks": [
-            {"path": path, "target": target}
-            for path, target in (
-                *host.symlinks,
-                ("/dev/fd", "/proc/self/fd"),
-                ("/dev/stdin", "/proc/self/fd/0"),
-                ("/dev/stdout", "/proc/self/fd/1"),
-                ("/dev/stderr", "/proc/self/fd/2"),
-            )
-        ],
-        "binds": [
-            *({"source": path, "target": path} for path in outermost(host.read_only)),
-            {"source": toolkit.directory, "target": "/toolkit"},
-        ],
-        "files": [{"path": path, "text": text} for path, text in _etc().items()],
-        "masks": [path for path in host.hidden if _is_under(path, host.read_only)],
-        "scratch_bytes": limits.scratch_bytes,
-        "scratch_files": limits.scratch_files,
-        "first_slots": FIRST_SLOTS,
-        "landlock_abi": MIN_LANDLOCK_ABI,
-        "rlimits": {
-            # Not 0, which a core dump that is piped to a program ignores; 1 forbids both: core(5).
-            "core": 1,
-            "nofile": limits.open_files,
-            # Counts for the whole jail; what one call may have is its control group's matter.
-            "nproc": jail_processes(limits),
-            # The tmpfs bounds what is stored; this bounds what a sparse file may claim.
-            "fsize": 4 * limits.scratch_bytes,
-            "memlock": 64 * 1024,
-            "msgqueue": 0,
-            "nice": 0,
-            "rtprio": 0,
-            "sigpending": 256,
+        "root": _root(host, spec) if isolation.has_namespaces else None,
+        "directory": spec.directory,
+        "scratch": {
+            "directory": scratch,
+            # A forked worker's root is a view of the jail's, in which no other slot has a name.
+            "has_views": isolation.has_namespaces and spec.forks_workers,
+            "bytes": limits.scratch_bytes,
+            "files": limits.scratch_files,
+            "first_slots": FIRST_SLOTS,
         },
-        "env": jail_environment(toolkit.env),
-        "toolkit_path": list(toolkit.import_path),
+        "is_confined": isolation.is_confined,
+        "landlock": _landlock(host, spec, here, scratch) if isolation.has_landlock else None,
+        "seccomp": None
+        if not isolation.has_seccomp
+        else {"programs": spec.may_start_programs, "sockets": isolation.has_namespaces},
+        "rlimits": _resource_limits(spec, outside_id) if isolation.is_confined else {},
+        "env": jail_environment(toolkit.env, f"{scratch}/0"),
+        "toolkit_directory": here,
+        "toolkit_path": [here, f"{here}/{toolkit.package}"] if toolkit.package else [here],
         "site_path": list(host.site_path),
         "entry": toolkit.entry,
         "package": toolkit.package,
         "msgpack_path": host.msgpack_path,
         "executable": host.executable,
-        "calls_per_worker": calls_per_worker,
+        "calls_per_worker": spec.calls_per_worker,
+        "reports_all_exits": spec.forks_workers,
         "output_bytes": limits.output_bytes,
     }
 
 
-def jail_environment(extra: Mapping[str, str]) -> dict[str, str]:
+def _root(host: HostView, spec: JailSpec) -> dict[str, object]:
+    """What the jail's root directory is put together from."""
+    symlinks = [
+        *host.symlinks,
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ]
+    read_only = host.read_only
+    if spec.may_start_programs:
+        read_only += host.programs
+        # Semaphores of multiprocessing are files there (sem_overview(7)).
+        symlinks.append(("/dev/shm", "/scratch/0"))
+    return {
+        "directories": [
+            "/dev",
+            "/proc",
+            "/tmp",
+            "/toolkit",
+            "/slots",
+            *(f"/scratch/{slot}" for slot in range(FIRST_SLOTS)),
+        ],
+        "symlinks": [{"path": path, "target": target} for path, target in symlinks],
+        "binds": [
+            *({"source": path, "target": path} for path in outermost(read_only)),
+            {"source": spec.toolkit.directory, "target": "/toolkit"},
+        ],
+        "files": [{"path": path, "text": text} for path, text in _etc().items()],
+        "masks": [path for path in host.hidden if _is_under(path, read_only)],
+    }
+
+
+def _landlock(host: HostView, spec: JailSpec, here: str, scratch: str) -> dict[str, object]:
+    """The oldest ABI that will do, and what may be read; None: the jail's whole root."""
+    if spec.isolation.has_namespaces:
+        return {"abi": MIN_LANDLOCK_ABI, "code": None, "scratch": scratch}
+    read_only = host.read_only + (host.programs if spec.may_start_programs else ())
+    return {"abi": MIN_LANDLOCK_ABI, "code": outermost((*read_only, here)), "scratch": scratch}
+
+
+def _resource_limits(spec: JailSpec, outside_id: int | None) -> dict[str, int]:
+    limits = spec.limits
+    rlimits = {
+        # Not 0, which a core dump that is piped to a program ignores; 1 forbids both: core(5).
+        "core": 1,
+        "nofile": limits.open_files,
+        # The tmpfs bounds what is stored; this bounds what a sparse file may claim.
+        "fsize": 4 * limits.scratch_bytes
+        if spec.isolation.has_namespaces
+        else limits.scratch_bytes,
+        "memlock": 64 * 1024,
+        "msgqueue": 0,
+        "nice": 0,
+        "rtprio": 0,
+        "sigpending": 256,
+    }
+    if spec.isolation.has_namespaces or outside_id is not None:
+        # Counts for the whole jail; what one call may have is its control group's matter. Without a
+        # user of the jail's own, it would count what else this user runs.
+        rlimits["nproc"] = jail_processes(limits)
+    return rlimits
+
+
+def jail_environment(extra: Mapping[str, str], scratch: str) -> dict[str, str]:
     """The whole environment of a toolkit; nothing of the supervisor's own is in it."""
     environment = {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "HOME": "/scratch/0",
-        "TMPDIR": "/scratch/0",
+        "HOME": scratch,
+        "TMPDIR": scratch,
         "LANG": "C.UTF-8",
         "USER": "sandbox",
         "LOGNAME": "sandbox",

@@ -84,6 +84,11 @@ class CgroupTree:
             self.close()
             raise
 
+    @property
+    def version(self) -> int:
+        """1 or 2."""
+        return self._support.version
+
     def jail(
         self,
         name: str,

@@ -14,7 +14,8 @@ from pathlib import Path
 from atp_sandbox.confinement.plan import HostView
 
 _LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32")
-_ROOT_LINKS = ("/lib", "/lib32", "/lib64", "/libx32")
+_PROGRAMS = ("/usr/bin", "/usr/local/bin", "/usr/sbin", "/bin", "/sbin")
+_ROOT_LINKS = ("/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin")
 _DATA = (
     "/etc/ca-certificates",
     "/etc/ld.so.cache",
@@ -41,7 +42,7 @@ def host_view() -> HostView:
         *_interpreter_directories(),
         *site_path,
         *_LIBRARIES,
-        *(path for path in _ROOT_LINKS if not os.path.islink(path)),
+        *(path for path in _ROOT_LINKS if path not in _PROGRAMS and not os.path.islink(path)),
         *_DATA,
         *_certificates(),
     ]
@@ -52,6 +53,7 @@ def host_view() -> HostView:
         hidden=tuple(_own_code()),
         msgpack_path=_parent_of("msgpack"),
         executable=os.path.realpath(sys.executable),
+        programs=tuple(p for p in _PROGRAMS if os.path.isdir(p) and not os.path.islink(p)),
     )
 
 

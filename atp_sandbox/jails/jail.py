@@ -9,28 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import cache
 from typing import Protocol
 
 import psutil
 
-from atp_sandbox.confinement.plan import FIRST_SLOTS, slot_count
+from atp_sandbox import log
+from atp_sandbox.confinement.plan import FIRST_SLOTS, JailSpec, slot_count
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CallGroup, CgroupError, JailGroup
 from atp_sandbox.jails.channel import Channel, channel_pair
-from atp_sandbox.jails.launch import JailSpec, allocate_id, launch, release_id
+from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
-from atp_sandbox.jails.processes import ProcessHandle, read_status
+from atp_sandbox.jails.processes import ProcessHandle, ProcessStatus, read_status
 from atp_sandbox.jails.worker import Exited, Worker
 from atp_sandbox.loop import READ, Loop, Timer
 from workers import frames
 
 _SETUP_S = 20.0
 """From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
+_MAY_CHANGE_ROOT = 1 << 18
+"""CAP_SYS_CHROOT, which a zygote keeps inside its user namespace: capabilities(7)."""
+_ORDERLY_END_S = 2.0
+"""From hanging up to a warden without a PID namespace having ended all that came of it."""
 _FRAME_OVERHEAD_BYTES = 4_096
 """What an answer's frame holds beside the result."""
 
@@ -122,7 +129,7 @@ class Jail:
         self.landlock_abi = 0
         """As the zygote reported it before any foreign code ran in it."""
         self.output = OutputPipe(loop)
-        self._outside_id = allocate_id()
+        self._outside_id = allocate_id() if spec.isolation.is_confined else None
         self._launch()
 
     # -- for the owner -----------------------------------------------------------------------------
@@ -130,10 +137,6 @@ class Jail:
     @property
     def worker_numbers(self) -> list[int]:
         return list(self._workers)
-
-    def seal_import(self) -> None:
-        """Make what the import left in its scratch read-only, before the first worker starts."""
-        self._warden_channel.send(frames.encode("seal"))
 
     def start_worker(self, number: int) -> None:
         """Have the zygote fork worker `number`; `worker_ready` follows, or `worker_exited`."""
@@ -194,16 +197,22 @@ class Jail:
         worker = self._workers.get(number)
         if worker is None or worker.handle is None or worker.exited is not None:
             return Usage(0, 0.0)
-        cpu_s = worker.group.evidence().cpu_s if worker.group is not None else 0.0
+        cpu_s, rss = 0.0, 0
         try:
             if worker.usage is None:
                 worker.usage = psutil.Process(worker.handle.pid)
-            if not cpu_s:
-                times = worker.usage.cpu_times()
-                cpu_s = times.user + times.system
-            rss: int = worker.usage.memory_info().rss
+            processes = [worker.usage]
+            if self._spec.may_start_programs:
+                # All that runs in such a jail is of its one call, orphans too.
+                processes += psutil.Process(self._warden_pid).children(recursive=True)
+            for process in dict.fromkeys(processes):
+                with contextlib.suppress(psutil.Error):
+                    cpu_s += sum(process.cpu_times()[:4])
+                    rss += process.memory_info().rss
         except psutil.Error:
-            return Usage(0, cpu_s)
+            pass
+        if worker.group is not None:
+            cpu_s = worker.group.evidence().cpu_s or cpu_s
         return Usage(max(0, rss - self._resting_bytes), cpu_s)
 
     def zygote_memory_bytes(self) -> int:
@@ -234,14 +243,33 @@ class Jail:
             # Our own child, not reaped yet: its number is its own.
             if self._warden_handle is not None:
                 self._loop.unwatch(self._warden_handle.fileno())
-                self._warden_handle.close()
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self._warden_pid, signal.SIGKILL)
-                os.waitpid(self._warden_pid, 0)
+            self._end_warden(self._warden_pid)
         self._workers.clear()
         if self._group is not None:
             self._group.close()
+        if not self._spec.isolation.has_namespaces:
+            self._remove_scratch()
         release_id(self._outside_id)
+
+    def _end_warden(self, pid: int) -> None:
+        if self._warden_handle is not None and not self._spec.isolation.has_namespaces:
+            # It has been hung up on, and ends what came of it, as the kernel does for a namespace.
+            select.select([self._warden_handle], [], [], _ORDERLY_END_S)
+        if self._warden_handle is not None:
+            self._warden_handle.close()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def _remove_scratch(self) -> None:
+        """The warden emptied it; never looked into here."""
+        try:
+            os.rmdir(self._spec.directory)
+        except FileNotFoundError:
+            pass  # it was not made yet
+        except OSError as error:
+            reason = str(error.strerror)
+            log.emit(log.WARNING, "scratch_left", self._spec.directory, cause=reason)
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -306,7 +334,8 @@ class Jail:
         self._loop.watch(
             self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
         )
-        for slot in range(FIRST_SLOTS, slot_count(self._spec.limits)):
+        slots = slot_count(self._spec.limits, forks_workers=self._spec.forks_workers)
+        for slot in range(FIRST_SLOTS, slots):
             self._warden_channel.send(frames.encode("slot", slot))
 
     def _settle_warden_channel(self) -> None:
@@ -321,15 +350,7 @@ class Jail:
         except ProcessLookupError:
             self._fail_setup("start", "the zygote ended")
             return
-        wrong = ""
-        if status.capabilities:
-            wrong = "it still has capabilities"
-        elif not status.no_new_privs:
-            wrong = "no_new_privs is not set"
-        elif status.namespace_depth < 2:
-            wrong = "it is in no PID namespace of its own"
-        elif self._outside_id is not None and status.uid != self._outside_id:
-            wrong = f"it runs as user {status.uid}"
+        wrong = self._what_is_wrong(status)
         if wrong:
             self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
             return
@@ -341,6 +362,27 @@ class Jail:
         add = self._group.adder()
         self._mover.move(self._warden_pid, add, self._fail_if)
         self._mover.move(pid, add, self._go)
+
+    def _what_is_wrong(self, status: ProcessStatus) -> str:
+        """What the kernel says of the zygote that its plan does not; empty if all is well."""
+        isolation = self._spec.isolation
+        if not isolation.is_confined:
+            return ""
+        has_views = isolation.has_namespaces and self._spec.forks_workers
+        if status.capabilities & ~(_MAY_CHANGE_ROOT if has_views else 0):
+            return "it still has capabilities"
+        if status.bounding and (isolation.has_namespaces or self._outside_id is not None):
+            # Without a namespace, an ordinary user cannot empty the set; no_new_privs voids it.
+            return "it could get capabilities again"
+        if not status.no_new_privs:
+            return "no_new_privs is not set"
+        if isolation.has_namespaces and status.namespace_depth < _own_depth() + 1:
+            return "it is in no PID namespace of its own"
+        if isolation.has_seccomp and not status.is_filtered:
+            return "its system calls are not filtered"
+        if self._outside_id is not None and status.uid != self._outside_id:
+            return f"it runs as user {status.uid}"
+        return ""
 
     def _fail_if(self, error: Exception | None) -> None:
         if error is not None and not self._is_closed:
@@ -447,6 +489,8 @@ class Jail:
         No worker can start one, so only a zygote that skips its workers' confinement makes them.
         While a worker is starting, a child of the warden that we do not know may be that one.
         """
+        if self._spec.may_start_programs or not self._spec.isolation.is_confined:
+            return
         if any(worker.inner_pid == 0 for worker in self._workers.values()):
             return
         strays = self._strays - self._by_inner_pid.keys() - {self._zygote_inner_pid}
@@ -607,6 +651,11 @@ class Jail:
             return
         self.close()
         self._listener.jail_ended(self, reason)
+
+
+@cache
+def _own_depth() -> int:
+    return read_status(os.getpid()).namespace_depth
 
 
 def _describe_exit(who: str, status: int) -> str:

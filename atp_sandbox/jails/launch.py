@@ -12,10 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from atp_sandbox.confinement.plan import ToolkitView, jail_plan
+from atp_sandbox.confinement.plan import JailSpec, jail_plan
 from atp_sandbox.jails.channel import channel_pair
 from atp_sandbox.jails.host import host_view
-from atp_sandbox.limits import Limits
 from workers import frames
 
 _BOOT = Path(frames.__file__).parent / "boot.py"
@@ -23,17 +22,6 @@ _FIRST_ID = 1_879_048_192
 """First of the user ids that systemd's table of ranges leaves unused ("Users, Groups, UIDs")."""
 _ID_COUNT = 2**27
 _used_ids: set[int] = set()
-
-
-@dataclass(frozen=True, slots=True)
-class JailSpec:
-    """What to launch."""
-
-    toolkit: ToolkitView
-    limits: Limits
-    calls_per_worker: int
-    mountpoint: Path
-    """An empty directory of the supervisor; every jail mounts on it in a namespace of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +43,7 @@ def launch(spec: JailSpec, *, outside_id: int | None, output_writer: int) -> Lau
         zygote_ours, zygote_theirs = channel_pair()
         ours.enter_context(zygote_ours)
         theirs.enter_context(zygote_theirs)
-        plan = jail_plan(
-            host_view(),
-            spec.toolkit,
-            spec.limits,
-            outside_id=outside_id,
-            mountpoint=str(spec.mountpoint),
-            calls_per_worker=spec.calls_per_worker,
-        )
+        plan = jail_plan(host_view(), spec, outside_id=outside_id)
         plan["warden_fd"] = warden_theirs.fileno()
         plan["zygote_fd"] = zygote_theirs.fileno()
         plan["output_fd"] = output_writer

@@ -19,8 +19,12 @@ class ProcessStatus:
     uid: int
     threads: int
     no_new_privs: bool
+    is_filtered: bool
+    """Whether its system calls pass a seccomp filter."""
     capabilities: int
-    """Effective, permitted, inheritable, bounding and ambient sets, joined."""
+    """Effective, permitted, inheritable and ambient sets, joined."""
+    bounding: int
+    """The capabilities that an exec could still bring."""
 
 
 def read_status(pid: int) -> ProcessStatus:
@@ -31,9 +35,8 @@ def read_status(pid: int) -> ProcessStatus:
     except FileNotFoundError:
         raise ProcessLookupError(pid) from None
     inner = rows["NSpid"].split()
-    sets = ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
     capabilities = 0
-    for name in sets:
+    for name in ("CapEff", "CapPrm", "CapInh", "CapAmb"):
         capabilities |= int(rows[name], 16)
     return ProcessStatus(
         parent_pid=int(rows["PPid"]),
@@ -42,7 +45,9 @@ def read_status(pid: int) -> ProcessStatus:
         uid=int(rows["Uid"].split()[0]),
         threads=int(rows["Threads"]),
         no_new_privs=rows["NoNewPrivs"].strip() == "1",
+        is_filtered=rows.get("Seccomp", "").strip() == "2",
         capabilities=capabilities,
+        bounding=int(rows["CapBnd"], 16),
     )
 
 

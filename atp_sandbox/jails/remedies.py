@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atp_sandbox.errors import IsolationError
+from atp_sandbox.isolation import Isolation, Level
 from atp_sandbox.jails.jail import SetupFailure
 
 
@@ -52,18 +53,41 @@ REMEDIES = {
         "seccomp",
         "The kernel needs CONFIG_SECCOMP_FILTER; a filter around us must allow seccomp(2).",
     ),
-    "cgroup": Remedy("control groups", "See `atp-sandbox doctor`."),
+    "own_root": Remedy(
+        "a root directory for each call",
+        "A filter around us must allow chroot(2) inside a user namespace.",
+    ),
+    "subreaper": Remedy("an end with the jail", "Linux 3.4 or later is needed."),
+    "files": Remedy(
+        "unprivileged user",
+        "Without namespaces, a toolkit of root runs as a user who must be able to read its "
+        "snapshot and the interpreter: choose a --state-dir and a Python that every user can "
+        "reach, or start as an ordinary user.",
+    ),
+    "cgroup": Remedy("control groups", "`atp-sandbox doctor` says more."),
     "verification": Remedy("verification", "This is a bug or an unsupported kernel; report it."),
     "start": Remedy("start of the jail", "Look at the cause; the machine may be out of memory."),
 }
 
 
-def isolation_error(failure: SetupFailure) -> IsolationError:
+_OTHERWISE = {
+    # What an operator can do, by name, about a machine that will not change.
+    "namespaces": "Inside a container that forbids them: --isolation container.",
+    "landlock": "Or do without it, by name: --waive landlock.",
+    "seccomp": "Or do without it, by name: --waive seccomp.",
+    "cgroup": "Or do without them, by name: --waive cgroup.",
+}
+
+
+def isolation_error(failure: SetupFailure, isolation: Isolation) -> IsolationError:
     """The error that names the layer, the cause and the remedy."""
     remedy = REMEDIES[failure.step]
+    tip = remedy.tip
+    if isolation.level is Level.STRICT and failure.step in _OTHERWISE:
+        tip = f"{tip} {_OTHERWISE[failure.step]}"
     return IsolationError(
         remedy.layer,
         f"This machine cannot enforce: {remedy.layer} (step {failure.step}).",
         cause=failure.message,
-        tip=remedy.tip,
+        tip=tip,
     )

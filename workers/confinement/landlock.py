@@ -140,7 +140,7 @@ def rights_for(abi: int) -> Rights:
 
 
 def jail_tree(root: str = "/") -> Tree:
-    """The tree of the jail at `root`: its whole top level is code, but for /proc and /scratch.
+    """The tree of the jail at `root`: its whole top level is code, but for /proc and scratch.
 
     Links are left out, as what they lead to stands in the top level itself. No rule is on the root,
     because it would hold for every slot as well: nobody under these layers can list `/`.
@@ -149,13 +149,27 @@ def jail_tree(root: str = "/") -> Tree:
         code = [
             entry.path
             for entry in entries
-            if not entry.is_symlink() and entry.name not in ("proc", "scratch")
+            if not entry.is_symlink() and entry.name not in ("proc", "scratch", "slots")
         ]
     scratch = os.path.join(root, "scratch")
     return Tree(
         code=tuple(sorted(code)),
         data=(os.path.join(root, "proc"),),
         devices=tuple(os.path.join(root, "dev", name) for name in _DEVICES),
+        scratch=scratch,
+        import_scratch=os.path.join(scratch, "0"),
+    )
+
+
+def tree_of(code: Iterable[str], scratch: str) -> Tree:
+    """The tree of a toolkit that keeps the machine's root: `code` to read and run, and `scratch`.
+
+    Of /proc only the entry of the calling process, which is to be the zygote.
+    """
+    return Tree(
+        code=tuple(code),
+        data=(f"/proc/{os.getpid()}",),
+        devices=tuple(f"/dev/{name}" for name in _DEVICES),
         scratch=scratch,
         import_scratch=os.path.join(scratch, "0"),
     )

@@ -15,6 +15,7 @@ from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
 from .seccomp_rules import Profile
 
 _ABI_WITH_TRUNCATE = 3
+_ABI_WITH_SCOPES = 6
 
 
 class Refused(Exception):
@@ -28,27 +29,41 @@ class Refused(Exception):
 
 
 class WorkerLayers(NamedTuple):
-    """What every worker enters, prepared once."""
+    """What every worker enters, prepared once. None: a layer that this jail does without."""
 
-    files: landlock.WorkerLayer
-    calls: seccomp.Prepared
-    calls_alone: seccomp.Prepared
+    places: scratch.Places
+    has_pid_namespace: bool
+    is_confined: bool
+    files: landlock.WorkerLayer | None
+    calls: seccomp.Prepared | None
+    calls_alone: seccomp.Prepared | None
     landlock_abi: int
 
     def enter(self, slot: int) -> None:
         """Confine this worker, which has one thread, to scratch `slot`. OSError: it must end."""
-        self.files.enter(scratch.slot_path(slot))
-        # Its own Landlock domain keeps its neighbours from tracing it; it may look at itself.
-        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
-        self.calls.install()
+        if not self.is_confined:
+            return
+        if not self.has_pid_namespace:
+            privileges.die_with_parent()
+        view = self.places.view(slot)
+        if view is not None:
+            _change_root(view)
+            privileges.drop_last_capability()
+        if self.files is not None:
+            self.files.enter(self.places.inside(slot))
+            # Its own Landlock domain keeps its neighbours from tracing it; it may look at itself.
+            syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+        if self.calls is not None:
+            self.calls.install()
 
     def enter_alone(self, _slot: int) -> None:
         """Confine a zygote that serves itself: the jail is its call's alone, whoever shares it.
 
         A filter reaches only the thread that installs it, so one with threads goes without.
         """
-        self.files.close()
-        if len(os.listdir("/proc/self/task")) == 1:
+        if self.files is not None:
+            self.files.close()
+        if self.calls_alone is not None and len(os.listdir("/proc/self/task")) == 1:
             self.calls_alone.install()
 
 
@@ -57,52 +72,139 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
 
     Raises Refused at the first step that cannot be taken or does not hold.
     """
+    places = scratch.Places.of(plan)
+    has_namespaces = plan["root"] is not None
+    if not plan["is_confined"]:
+        return WorkerLayers(places, has_namespaces, False, None, None, None, 0)
     _step("resource_limits", privileges.set_resource_limits, plan["rlimits"])
-    _step("capabilities", privileges.drop_capabilities)
+    _step("capabilities", privileges.drop_capabilities, may_change_root=places.has_views)
+    if not has_namespaces:
+        _step("capabilities", privileges.die_with_parent)
+    if places.has_views:
+        _step("own_root", _try_view, places)
+    abi, files = 0, None
+    if plan["landlock"] is not None:
+        abi, files = _restrict_files(plan, places)
+    calls, alone = None, None
+    if plan["seccomp"] is not None:
+        calls, alone = _filter_calls(plan, abi)
+    return WorkerLayers(places, has_namespaces, True, files, calls, alone, abi)
+
+
+def _restrict_files(
+    plan: dict[str, Any], places: scratch.Places
+) -> tuple[int, landlock.WorkerLayer]:
+    """The base layer is entered, the workers' prepared and seen to hold."""
     support = landlock.probe()
-    if support.abi < plan["landlock_abi"]:
-        needed = plan["landlock_abi"]
+    wanted = plan["landlock"]
+    if support.abi < wanted["abi"]:
         found = f"Landlock ABI {support.abi} {support.reason}".rstrip()
-        raise Refused("landlock", 0, f"{found}, {needed} needed")
-    tree = landlock.jail_tree()
+        raise Refused("landlock", 0, f"{found}, {wanted['abi']} needed")
+    if wanted["code"] is None:
+        tree = landlock.jail_tree()
+    else:
+        tree = landlock.tree_of(wanted["code"], wanted["scratch"])
     _step("landlock", landlock.enter_base, tree, support.abi)
     files = _step("landlock", landlock.WorkerLayer, tree, support.abi)
-    own, other = scratch.slot_path(1), scratch.slot_path(2)
-    broken = _step("landlock", landlock.verify_layer, files, own, other, "/toolkit", support.abi)
+    own, other = places.outside(1), places.outside(2)
+    here = plan["toolkit_directory"]
+    broken = _step("landlock", landlock.verify_layer, files, own, other, here, support.abi)
     if broken:
         raise Refused("landlock", 0, "does not hold: " + "; ".join(broken))
+    return support.abi, files
+
+
+def _filter_calls(
+    plan: dict[str, Any], abi: int
+) -> tuple[seccomp.Prepared, seccomp.Prepared | None]:
+    """The base filter is installed and seen to hold; what a worker adds, and one in its own jail.
+
+    The latter is None where a toolkit may start programs.
+    """
+    wanted = plan["seccomp"]
     base, worker = seccomp_profiles.ZYGOTE, seccomp_profiles.WORKER
-    if support.abi < _ABI_WITH_TRUNCATE:
+    if wanted["programs"]:
+        base = seccomp_profiles.SUBPROCESS
+    if not wanted["sockets"]:
+        base = seccomp_profiles.without_namespaces(base, has_signal_scope=abi >= _ABI_WITH_SCOPES)
+    if abi < _ABI_WITH_TRUNCATE:
         worker = seccomp_profiles.without_truncate(worker)
     program = _step("seccomp", seccomp.compile_profile, worker, syscalls.MACHINE)
     calls = _step("seccomp", seccomp.Prepared, program)
-    _step("seccomp", _try_in_a_child, calls, worker)
-    lone = seccomp_profiles.LONE_WORKER
-    alone = seccomp.Prepared(_step("seccomp", seccomp.compile_profile, lone, syscalls.MACHINE))
+    _step("seccomp", _try_filter, calls, worker)
+    alone = None
+    if not wanted["programs"]:
+        lone = seccomp_profiles.LONE_WORKER
+        alone = seccomp.Prepared(_step("seccomp", seccomp.compile_profile, lone, syscalls.MACHINE))
     _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
     _step("seccomp", seccomp.verify, base, 1)
-    return WorkerLayers(files, calls, alone, support.abi)
+    return calls, alone
 
 
-def _try_in_a_child(calls: seccomp.Prepared, profile: Profile) -> None:
+def _change_root(view: str) -> None:
+    """The same place in another copy of the jail's mounts."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # the import went to a directory and removed it
+        here = "/"
+    os.chroot(view)
+    os.chdir(here)
+
+
+def _try_view(places: scratch.Places) -> None:
+    """See in a process of its own that a worker leaves the other slots behind; else OSError."""
+
+    def attempt() -> None:
+        view, other = places.view(1), places.outside(2)
+        assert view is not None
+        if not os.path.isdir(other):
+            raise OSError(errno.ENOENT, other)
+        _change_root(view)
+        privileges.drop_last_capability()
+        if os.path.exists(other) or not os.path.isdir(places.inside(1)):
+            raise OSError(errno.EPROTO, "another slot can be reached")
+        try:
+            os.chroot("/")
+        except PermissionError:
+            return
+        raise OSError(errno.EPROTO, "the capability is still there")
+
+    _in_a_child(attempt, "a worker's own root does not hold")
+
+
+def _try_filter(calls: seccomp.Prepared, profile: Profile) -> None:
     """See in a process of its own that the workers' filter holds; else OSError.
 
     Before the base filter is there, which allows no such process.
     """
+
+    def attempt() -> None:
+        calls.install()
+        seccomp.verify_answers(profile)
+
+    _in_a_child(attempt, f"seccomp: the {profile.name} filter does not hold")
+
+
+def _in_a_child(attempt: Callable[[], None], otherwise: str) -> None:
+    """Do what cannot be undone where it harms nobody; OSError says `otherwise`, and why."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         try:
-            calls.install()
-            seccomp.verify_answers(profile)
-        except BaseException:  # the child's outer door: its exit says that it does not hold
+            attempt()
+        except BaseException as error:  # the child's outer door
+            os.write(writer, str(error or type(error)).encode("utf-8", "replace")[:400])
             os._exit(1)
         os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8", errors="replace") as file:
+        reason = file.read()
     if os.waitpid(pid, 0)[1]:
-        raise OSError(errno.EPROTO, f"seccomp: the {profile.name} filter does not hold")
+        raise OSError(errno.EPROTO, f"{otherwise}: {reason}")
 
 
-def _step(name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+def _step(name: str, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     try:
-        return action(*arguments)
+        return action(*arguments, **named)
     except OSError as error:
         raise Refused(name, error.errno or 0, f"{name}: {error.strerror or error}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import signal
 from typing import Any
 
 from . import syscalls
@@ -14,15 +15,34 @@ from . import syscalls
 _LAST_CAPABILITY = 63
 
 
-def drop_capabilities() -> None:
-    """No capability is left, none can come back through an exec, and no exec gains anything."""
-    for capability in range(_LAST_CAPABILITY + 1):
-        with contextlib.suppress(OSError):  # EINVAL beyond the kernel's last one
-            syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
+def drop_capabilities(*, may_change_root: bool = False) -> None:
+    """No capability is left, none can come back through an exec, and no exec gains anything.
+
+    All but chroot(2), if asked for: each worker then makes a root of its own its root, and drops
+    that last one (`drop_last_capability`).
+    """
+    empty_bounding_set()
     with contextlib.suppress(OSError):  # cleared by capset below as well; older kernels have none
         syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
-    syscalls.clear_capabilities()
+    syscalls.keep_capabilities(1 << syscalls.CAP_SYS_CHROOT if may_change_root else 0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def empty_bounding_set() -> None:
+    """As far as this process may (CAP_SETPCAP), no exec can bring a capability any more."""
+    for capability in range(_LAST_CAPABILITY + 1):
+        with contextlib.suppress(OSError):  # EINVAL beyond the kernel's last one; EPERM
+            syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
+
+
+def drop_last_capability() -> None:
+    """What `drop_capabilities` left goes too."""
+    syscalls.keep_capabilities(0)
+
+
+def die_with_parent() -> None:
+    """PR_SET_PDEATHSIG: where there is no PID namespace, the warden's end is this process's end."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def hide_from_tracers() -> None:

@@ -17,21 +17,21 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 def build(plan: dict[str, Any]) -> None:
-    """Put the new root together at `plan["mountpoint"]`; run where its sources can be reached."""
-    new = plan["mountpoint"]
+    """Put the new root together at `plan["directory"]`; run where its sources can be reached."""
+    new, parts = plan["directory"], plan["root"]
     syscalls.mount("jail", new, "tmpfs", _PLAIN, "mode=0755,size=1m,nr_inodes=16k")
-    for directory in plan["directories"]:
+    for directory in parts["directories"]:
         os.makedirs(new + directory, mode=0o755, exist_ok=True)
-    for link in plan["symlinks"]:
+    for link in parts["symlinks"]:
         os.makedirs(os.path.dirname(new + link["path"]), mode=0o755, exist_ok=True)
         os.symlink(link["target"], new + link["path"])
-    for bind in plan["binds"]:
+    for bind in parts["binds"]:
         _bind(bind["source"], new + bind["target"])
     for name in _DEVICES:
         _bind_device("/dev/" + name, f"{new}/dev/{name}")
-    for entry in plan["files"]:
+    for entry in parts["files"]:
         _write(new + entry["path"], entry["text"])
-    for path in plan["masks"]:
+    for path in parts["masks"]:
         syscalls.mount(
             "mask", new + path, "tmpfs", _PLAIN | syscalls.MS_RDONLY, "mode=0755,size=4k"
         )
@@ -42,7 +42,7 @@ def enter(plan: dict[str, Any]) -> None:
 
     To be called by the first process of the PID namespace. The machine's files are gone afterwards.
     """
-    new = plan["mountpoint"]
+    new = plan["directory"]
     # Mounts that came from a more privileged namespace are locked, and pivot_root refuses them.
     syscalls.mount(new, new, None, syscalls.MS_BIND | syscalls.MS_REC)
     syscalls.mount("proc", new + "/proc", "proc", _PLAIN, "hidepid=4,subset=pid")

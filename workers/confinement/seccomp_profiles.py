@@ -302,7 +302,14 @@ _NEW_THREAD = equals(0, _VM | _SIGHAND | _THREAD, mask=~_TO_A_THREAD, whole=True
 _NEW_WORKER = equals(0, _PARENT | _SIGCHLD, mask=~_CHILD_TID, whole=True)
 _NEW_PROCESS = equals(0, 0, mask=~_TO_A_PROCESS, whole=True)
 
+_OWN_ROOT = "chroot capset"
 _ZYGOTE_PROCESSES = (
+    Group(
+        "own root",
+        "A worker makes the view of its slot its root and drops the capability for that, the only "
+        "one that its zygote has. Every root that a zygote could choose lies inside the jail's.",
+        _OWN_ROOT,
+    ),
     Group(
         "threads and workers",
         "A thread, or a sibling as `syscalls.fork_as_sibling` makes it; no other process, so that "
@@ -327,6 +334,7 @@ _ZYGOTE_PROCESSES = (
     ),
 )
 _SUBPROCESS_PROCESSES = (
+    Group("own root", "Nobody in here has one to change to, or a capability.", _OWN_ROOT, EPERM),
     Group(
         "processes",
         "Any flag but those for namespaces, tracing and what is still unknown.",
@@ -380,7 +388,7 @@ _REFUSED = (
     Group(
         "mounts",
         "Would change, or list, what the jail was made of.",
-        "mount umount2 pivot_root chroot open_tree open_tree_attr move_mount fsopen fsconfig "
+        "mount umount2 pivot_root open_tree open_tree_attr move_mount fsopen fsconfig "
         "fsmount fspick mount_setattr statmount listmount",
         EPERM,
     ),
@@ -458,12 +466,7 @@ _REFUSED = (
         "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr",
         fails_with(errno.EOPNOTSUPP),
     ),
-    Group(
-        "capabilities",
-        "There are none to give up any more.",
-        "capset setgroups",
-        EPERM,
-    ),
+    Group("groups", "There are none to give up any more.", "setgroups", EPERM),
 )
 
 _BASE_PROBES = (
@@ -497,7 +500,7 @@ _NO_MORE_PROCESSES = (
     Group(
         "confinement is complete",
         "Nothing of ours adds to it from here on.",
-        "seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self",
+        "seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self " + _OWN_ROOT,
         EPERM,
     ),
 )
@@ -552,14 +555,43 @@ WORKER = Profile(
 )
 
 
-def without_sockets(base: Profile) -> Profile:
-    """`base` for a jail without a network namespace: only socket pairs, nothing to connect."""
-    closed = Group("no sockets", "They would be the machine's own network.", "socket", _EACCES)
-    groups = tuple(group for group in base.groups if group.calls != "socket")
-    probes = tuple(probe for probe in base.probes if probe.call != "socket")
+def without_namespaces(base: Profile, *, has_signal_scope: bool) -> Profile:
+    """`base` for a toolkit without namespaces of its own: this machine is what they would hide.
+
+    No sockets but pairs, and no way out of dying with the warden. Without Landlock's scope for
+    signals (ABI 6), none to anybody: which process an id names, a filter cannot see.
+    """
+    closed = [
+        Group("no sockets", "They would be the machine's own network.", "socket", _EACCES),
+        Group("no root of its own", "There are no views here.", _OWN_ROOT, EPERM),
+    ]
+    if not has_signal_scope:
+        sending = "kill tgkill tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal"
+        closed.append(Group("no signals", "They could be to the supervisor.", sending, EPERM))
+    taken = {name for group in closed for name in group.calls.split()}
+    groups = [_die_with_warden(group) for group in base.groups]
+    kept = [group._replace(calls=_less(group.calls, taken)) for group in groups]
     probe = Probe("socket", (1, 1, 0), errno.EACCES)
     return Profile(
-        base.name + " without sockets", (*groups, closed), base.unlisted, (*probes, probe)
+        base.name + " without namespaces",
+        (*(group for group in kept if group.calls), *closed),
+        base.unlisted,
+        (*(probe for probe in base.probes if probe.call != "socket"), probe),
+    )
+
+
+def _less(calls: str, taken: set[str]) -> str:
+    return " ".join(name for name in calls.split() if name not in taken)
+
+
+def _die_with_warden(group: Group) -> Group:
+    """PR_SET_PDEATHSIG may be set to SIGKILL and to nothing else."""
+    if group.calls != "prctl":
+        return group
+    pdeathsig, sigkill = 1, 9
+    refused = when(EPERM, equals(0, pdeathsig))
+    return group._replace(
+        cases=(when(ALLOW, equals(0, pdeathsig), equals(1, sigkill)), refused, *group.cases)
     )
 
 

@@ -34,6 +34,7 @@ MS_NODEV = 4
 MS_NOEXEC = 8
 MS_BIND = 4096
 MS_REC = 16384
+MS_UNBINDABLE = 1 << 17
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 MOUNT_ATTR_RDONLY = 0x1
@@ -43,12 +44,15 @@ AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 
 # linux/prctl.h, linux/capability.h
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_TID_ADDRESS = 40
 PR_CAPBSET_DROP = 24
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+CAP_SYS_CHROOT = 18
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 # linux/landlock.h
@@ -157,10 +161,11 @@ class _CapData(ctypes.Structure):
     ]
 
 
-def clear_capabilities() -> None:
-    """capset(2): no effective, permitted or inheritable capability is left."""
+def keep_capabilities(kept: int = 0) -> None:
+    """capset(2): of the first 32 capabilities only those in the set `kept` stay, and none else."""
     header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
+    data[0].effective = data[0].permitted = kept
     _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset")
 
 
