@@ -64,7 +64,7 @@ REMEDIES = {
         "snapshot and the interpreter: choose a --state-dir and a Python that every user can "
         "reach, or start as an ordinary user.",
     ),
-    "cgroup": Remedy("control groups", "`atp-sandbox doctor` says more."),
+    "cgroup": Remedy("control groups", "See `atp-sandbox doctor`."),
     "verification": Remedy("verification", "This is a bug or an unsupported kernel; report it."),
     "start": Remedy("start of the jail", "Look at the cause; the machine may be out of memory."),
 }
@@ -72,7 +72,10 @@ REMEDIES = {
 
 _OTHERWISE = {
     # What an operator can do, by name, about a machine that will not change.
-    "namespaces": "Inside a container that forbids them: --isolation container.",
+    **dict.fromkeys(
+        ("mount_namespace", "root", "namespaces", "pivot_root"),
+        "Inside a container that forbids namespaces: --isolation container.",
+    ),
     "landlock": "Or do without it, by name: --waive landlock.",
     "seccomp": "Or do without it, by name: --waive seccomp.",
     "cgroup": "Or do without them, by name: --waive cgroup.",

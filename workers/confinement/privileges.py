@@ -6,6 +6,7 @@ capabilities(7), prctl(2), getrlimit(2). All of it is inherited by every worker.
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import signal
 from typing import Any
@@ -51,7 +52,10 @@ def hide_from_tracers() -> None:
 
 
 def set_resource_limits(limits: dict[str, Any]) -> None:
-    """Set each named limit, soft and hard: `{"nofile": 256, …}`."""
+    """Set each named limit, soft and hard: `{"nofile": 256, …}`. OSError names the limit."""
     for name, value in limits.items():
         number = getattr(resource, "RLIMIT_" + name.upper())
-        resource.setrlimit(number, (value, value))
+        try:
+            resource.setrlimit(number, (value, value))
+        except (ValueError, OSError) as error:  # the former is Python's word for EPERM and EINVAL
+            raise OSError(errno.EPERM, f"setrlimit {name} to {value}: {error}") from error
