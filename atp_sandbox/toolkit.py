@@ -172,13 +172,19 @@ class ServedToolkit:
             return
         if not self.settings.isolation.has_namespaces:
             self._watch_scratch()
-        if self._cgroups is not None and self.settings.limits.cpu_s is None:
-            return
         limits, now = self.settings.limits, self._loop.now()
+        has_groups, may_start = self._cgroups is not None, self.settings.may_start_programs
+        if has_groups and limits.cpu_s is None and not may_start:
+            return
         for number, _ in list(self._pool.running_workers()):
-            used = self._jail_of(number).usage(number)
-            # Where there is a control group, the kernel itself keeps the limit of memory.
-            if used.added_memory_bytes > most and self._cgroups is None:
+            jail = self._jail_of(number)
+            used = jail.usage(number)
+            # Where there is a control group, the kernel itself keeps the limit of memory; version 1
+            # kills one process of a call, and then the others are to go too.
+            is_over = used.added_memory_bytes > most and not has_groups
+            if may_start and _seen(jail.counted(number), scratch_was_full=False).oom_kills:
+                is_over = True
+            if is_over:
                 self._obey(self._pool.stop_worker(number, verdict.memory_exceeded(limits), now))
             elif limits.cpu_s is not None and used.cpu_s > limits.cpu_s:
                 self._obey(self._pool.stop_worker(number, verdict.cpu_exceeded(limits), now))

@@ -25,6 +25,7 @@ from atp_sandbox.admission import ServedTool, admit
 from atp_sandbox.atp.messages import ToolRequest
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
+from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
@@ -38,6 +39,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("patient")
 
+STRICT = Isolation()
 PATIENCE_S = 40.0
 """For what takes milliseconds; a machine that is busy with other tests takes longer."""
 
@@ -99,8 +101,9 @@ def processes_named(comm: str) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                name = Path("/proc", entry, "comm").read_text()
-                state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+                name = Path("/proc", entry, "comm").read_text(errors="replace")
+                stat = Path("/proc", entry, "stat").read_text(errors="replace")
+                state = stat.rpartition(")")[2].split()[0]
             except OSError:
                 continue
             if name.rstrip("\n") == comm and state not in "ZX":
@@ -267,7 +270,7 @@ NodeMaker = Callable[..., ServedNode]
 
 
 def _node_maker(folder: Path) -> Iterator[NodeMaker]:
-    """`make(toolkit, lifetime=…, data=…, env=…, **limits)`; a text becomes a file `kit.py`."""
+    """`make(toolkit, lifetime=…, isolation=…, **limits)`; a text becomes a file `kit.py`."""
     made: list[ServedNode] = []
 
     def make(
@@ -276,6 +279,8 @@ def _node_maker(folder: Path) -> Iterator[NodeMaker]:
         lifetime: str = "call",
         data: Sequence[Path] = (),
         env: dict[str, str] | None = None,
+        isolation: Isolation = STRICT,
+        programs: bool = False,
         **limits: Any,
     ) -> ServedNode:
         place = folder / f"node-{len(made)}"
@@ -290,7 +295,9 @@ def _node_maker(folder: Path) -> Iterator[NodeMaker]:
             tuple(data),
             env or {},
             replace(Limits(), **limits),
-            parse_lifetime(lifetime),
+            parse_lifetime("jail" if programs else lifetime),
+            isolation,
+            programs,
         )
         node = ServedNode(settings, place / "state")
         made.append(node)
