@@ -269,7 +269,7 @@ def _still_there() -> str:
 NodeMaker = Callable[..., ServedNode]
 
 
-def _node_maker(folder: Path) -> Iterator[NodeMaker]:
+def node_maker(folder: Path) -> Iterator[NodeMaker]:
     """`make(toolkit, lifetime=…, isolation=…, **limits)`; a text becomes a file `kit.py`."""
     made: list[ServedNode] = []
 
@@ -313,13 +313,13 @@ def _node_maker(folder: Path) -> Iterator[NodeMaker]:
 @pytest.fixture
 def make_node(tmp_path: Path) -> Iterator[NodeMaker]:
     """Makes nodes that live as long as the test."""
-    yield from _node_maker(tmp_path)
+    yield from node_maker(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def make_module_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeMaker]:
     """Makes nodes that live as long as the tests of one module."""
-    yield from _node_maker(tmp_path_factory.mktemp("nodes"))
+    yield from node_maker(tmp_path_factory.mktemp("nodes"))
 
 
 @dataclass(slots=True)

@@ -71,6 +71,7 @@ def _run_steps(plan: Plan) -> None:
         _step("root", root.build, plan)
         _step("identity", namespaces.become_user, outside_id)
     _step("namespaces", namespaces.enter_all)
+    _step("mount_namespace", namespaces.keep_mounts_private)
     if outside_id is None:
         _step("root", root.build, plan)
 

@@ -197,7 +197,7 @@ class Jail:
         worker = self._workers.get(number)
         if worker is None or worker.handle is None or worker.exited is not None:
             return Usage(0, 0.0)
-        cpu_s, rss = 0.0, 0
+        cpu_s, added = 0.0, 0
         try:
             if worker.usage is None:
                 worker.usage = psutil.Process(worker.handle.pid)
@@ -208,12 +208,13 @@ class Jail:
             for process in dict.fromkeys(processes):
                 with contextlib.suppress(psutil.Error):
                     cpu_s += sum(process.cpu_times()[:4])
-                    rss += process.memory_info().rss
+                    # Each begins with what it shares with its zygote.
+                    added += max(0, process.memory_info().rss - self._resting_bytes)
         except psutil.Error:
             pass
         if worker.group is not None:
             cpu_s = worker.group.evidence().cpu_s or cpu_s
-        return Usage(max(0, rss - self._resting_bytes), cpu_s)
+        return Usage(added, cpu_s)
 
     def zygote_memory_bytes(self) -> int:
         """Resident memory of the zygote; 0 if it is gone."""

@@ -27,6 +27,11 @@ ALL = (
 def enter_mount_namespace() -> None:
     """A mount namespace of our own whose changes reach nobody (root only)."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
+    keep_mounts_private()
+
+
+def keep_mounts_private() -> None:
+    """What is mounted here from now on reaches no other namespace, and the other way round."""
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
@@ -47,7 +52,6 @@ def enter_all() -> None:
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{INSIDE_ID} {outside_uid} 1")
     _write("/proc/self/gid_map", f"{INSIDE_ID} {outside_gid} 1")
-    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 def forbid_nested_user_namespaces() -> None:
