@@ -136,7 +136,7 @@ def test_strict_plans_every_layer_and_says_nothing_of_where_the_snapshot_is() ->
     found = plan()
     assert found["is_confined"]
     assert found["landlock"] == {"abi": 1, "code": None, "scratch": "/scratch"}
-    assert found["seccomp"] == {"programs": False, "sockets": True}
+    assert found["seccomp"] == {"base": "zygote", "sockets": True}
     assert found["toolkit_directory"] == "/toolkit"
     assert found["env"]["HOME"] == "/scratch/0"
     inside = {key: value for key, value in found.items() if key != "root"}
@@ -158,7 +158,7 @@ def test_container_plans_landlock_and_closed_sockets_in_place_of_namespaces() ->
     found = plan(CONTAINER)
     assert found["root"] is None
     assert found["is_confined"]
-    assert found["seccomp"] == {"programs": False, "sockets": False}
+    assert found["seccomp"] == {"base": "zygote", "sockets": False}
     assert found["landlock"]["code"] == ["/opt/site", "/state/snapshot", "/usr/lib"]
     assert found["landlock"]["scratch"] == found["directory"] == "/run/scratch-1"
     assert found["toolkit_directory"] == "/state/snapshot"
@@ -186,4 +186,4 @@ def test_programs_are_in_reach_only_of_those_who_may_start_them() -> None:
         opened = jail_plan(host, may, outside_id=None)
         assert '/usr/bin"' not in closed
         assert '/usr/bin"' in json.dumps(opened)
-        assert opened["seccomp"]["programs"]  # type: ignore[index]
+        assert opened["seccomp"]["base"] == "subprocess"  # type: ignore[index]

@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 
 from workers.confinement import seccomp, seccomp_profiles, syscalls
-from workers.confinement.seccomp_profiles import LONE_WORKER, SUBPROCESS, WORKER, ZYGOTE
+from workers.confinement.seccomp_profiles import LONE, SUBPROCESS, WORKER, ZYGOTE
 from workers.confinement.seccomp_rules import ALLOW, KILL_PROCESS, Group, Profile
 from workers.confinement.syscall_numbers import NUMBERS
 
@@ -45,7 +45,7 @@ Profiles = Sequence[Profile]
 BASE: Profiles = (ZYGOTE,)
 FREER: Profiles = (SUBPROCESS,)
 BOTH: Profiles = (ZYGOTE, WORKER)
-LONE: Profiles = (ZYGOTE, LONE_WORKER)
+ALONE: Profiles = (LONE,)
 OPEN: Profiles = ()
 
 
@@ -156,7 +156,7 @@ def run_machine_code(code: bytes) -> int:
 
 
 @only_x86_64
-@pytest.mark.parametrize("profiles", [BASE, FREER, BOTH, (WORKER,), (LONE_WORKER,)])
+@pytest.mark.parametrize("profiles", [BASE, FREER, BOTH, (WORKER,), ALONE])
 def test_a_32_bit_system_call_ends_the_process(profiles: Profiles) -> None:
     def attempt() -> bool:
         return run_machine_code(GETPID_BY_INT_80) == os.getpid()
@@ -211,7 +211,7 @@ def test_clone3_seems_not_to_exist(profiles: Profiles) -> None:
     refused(profiles, lambda: call("clone3", 0, 0), errno.ENOSYS)
 
 
-@pytest.mark.parametrize("profiles", [BASE, BOTH, LONE, (SUBPROCESS, WORKER)])
+@pytest.mark.parametrize("profiles", [BASE, BOTH, ALONE, (SUBPROCESS, WORKER)])
 def test_a_new_process_is_refused(profiles: Profiles) -> None:
     refused(profiles, lambda: clone(signal.SIGCHLD), errno.EPERM)
     refused(profiles, fork_and_leave, errno.EPERM)
@@ -225,18 +225,33 @@ def fork_and_leave() -> int:
     return 0
 
 
-def test_a_program_is_refused_in_an_import() -> None:
-    refused(BASE, lambda: call("execve", 0, 0, 0), errno.EPERM)
-    refused(BASE, lambda: call("execveat", -1, 0, 0, 0, 0), errno.EPERM)
+@pytest.mark.parametrize("profiles", [BASE, ALONE])
+def test_a_program_is_refused_in_an_import(profiles: Profiles) -> None:
+    refused(profiles, lambda: call("execve", 0, 0, 0), errno.EPERM)
+    refused(profiles, lambda: call("execveat", -1, 0, 0, 0, 0), errno.EPERM)
 
 
-@pytest.mark.parametrize("profiles", [BOTH, LONE, (SUBPROCESS, WORKER)])
+def test_every_thread_of_a_zygote_that_serves_itself_is_filtered() -> None:
+    def from_a_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(try_clone()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def try_clone() -> int:
+        return syscalls.errno_of(NUMBERS[MACHINE]["clone"], 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)
+
+    assert in_child(ALONE, from_a_thread) == errno.EPERM
+
+
+@pytest.mark.parametrize("profiles", [BOTH, (SUBPROCESS, WORKER)])
 def test_a_worker_that_replaces_itself_ends(profiles: Profiles) -> None:
     refused(profiles, lambda: call("execve", 0, 0, 0), -signal.SIGSYS)
     refused(profiles, lambda: call("execveat", -1, 0, 0, 0, 0), -signal.SIGSYS)
 
 
-@pytest.mark.parametrize("profiles", [BASE, BOTH, LONE, (SUBPROCESS, WORKER)])
+@pytest.mark.parametrize("profiles", [BASE, BOTH, ALONE, (SUBPROCESS, WORKER)])
 def test_a_program_beside_it_is_refused(profiles: Profiles) -> None:
     refused(profiles, lambda: subprocess.run([sys.executable, "-V"], check=False).returncode, 1)
 
@@ -250,7 +265,7 @@ def test_a_zygote_forks_siblings_and_its_workers_do_not() -> None:
     # From a child, so that the sibling is not one of this process's children.
     assert in_child(OPEN, lambda: in_child(BASE, fork_sibling)) == 0
     assert in_child(OPEN, lambda: in_child(BOTH, fork_sibling)) == errno.EPERM
-    assert in_child(OPEN, lambda: in_child(LONE, fork_sibling)) == errno.EPERM
+    assert in_child(OPEN, lambda: in_child(ALONE, fork_sibling)) == errno.EPERM
 
 
 # -- signals and other processes -------------------------------------------------------------------
@@ -427,7 +442,7 @@ def test_a_worker_offers_nothing_to_other_calls() -> None:
     for attempt in (bind_tcp, listen_unbound, bind_abstract):
         refused(BOTH, attempt, errno.EACCES)
         assert in_child(BASE, attempt) == 0
-        assert in_child(LONE, attempt) == 0
+        assert in_child(ALONE, attempt) == 0
 
 
 def test_socket_pairs_are_unix() -> None:
@@ -605,7 +620,7 @@ def test_without_namespaces_and_scopes_nobody_is_signalled() -> None:
 # -- installing and verifying ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profiles", [BASE, FREER, BOTH, LONE])
+@pytest.mark.parametrize("profiles", [BASE, FREER, BOTH, ALONE])
 def test_what_was_installed_verifies(profiles: Profiles) -> None:
     def attempt() -> bool:
         for profile in profiles:
@@ -619,7 +634,7 @@ def test_what_was_installed_verifies(profiles: Profiles) -> None:
 def test_a_missing_filter_does_not_verify() -> None:
     assert in_child(OPEN, lambda: seccomp.verify(ZYGOTE, 1)) == errno.EPROTO
     assert in_child(BASE, lambda: seccomp.verify(ZYGOTE, 2)) == errno.EPROTO
-    for profile in (ZYGOTE, SUBPROCESS, LONE_WORKER, WORKER):
+    for profile in (ZYGOTE, SUBPROCESS, LONE, WORKER):
         assert in_child(OPEN, partial(seccomp.verify_answers, profile)) == errno.EPROTO
     # Installed, but something that lets everything pass.
     nothing = Profile("nothing", (Group("g", "", "read"),), ALLOW, ())

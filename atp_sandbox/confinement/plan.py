@@ -105,9 +105,7 @@ def jail_plan(host: HostView, spec: JailSpec, *, outside_id: int | None) -> dict
         },
         "is_confined": isolation.is_confined,
         "landlock": _landlock(host, spec, here, scratch) if isolation.has_landlock else None,
-        "seccomp": None
-        if not isolation.has_seccomp
-        else {"programs": spec.may_start_programs, "sockets": isolation.has_namespaces},
+        "seccomp": _seccomp(spec) if isolation.has_seccomp else None,
         "rlimits": _resource_limits(spec, outside_id) if isolation.is_confined else {},
         "env": jail_environment(toolkit.env, f"{scratch}/0"),
         "toolkit_directory": here,
@@ -118,7 +116,7 @@ def jail_plan(host: HostView, spec: JailSpec, *, outside_id: int | None) -> dict
         "msgpack_path": host.msgpack_path,
         "executable": host.executable,
         "calls_per_worker": spec.calls_per_worker,
-        "reports_all_exits": spec.forks_workers,
+        "reports_all_exits": not spec.may_start_programs,
         "output_bytes": limits.output_bytes,
     }
 
@@ -162,6 +160,16 @@ def _landlock(host: HostView, spec: JailSpec, here: str, scratch: str) -> dict[s
         return {"abi": MIN_LANDLOCK_ABI, "code": None, "scratch": scratch}
     read_only = host.read_only + (host.programs if spec.may_start_programs else ())
     return {"abi": MIN_LANDLOCK_ABI, "code": outermost((*read_only, here)), "scratch": scratch}
+
+
+def _seccomp(spec: JailSpec) -> dict[str, object]:
+    """The name of the zygote's profile, and whether there is a network namespace for sockets."""
+    base = "lone"
+    if spec.may_start_programs:
+        base = "subprocess"
+    elif spec.forks_workers:
+        base = "zygote"
+    return {"base": base, "sockets": spec.isolation.has_namespaces}
 
 
 def _resource_limits(spec: JailSpec, outside_id: int | None) -> dict[str, int]:

@@ -16,6 +16,10 @@ from .seccomp_rules import Profile
 
 _ABI_WITH_TRUNCATE = 3
 _ABI_WITH_SCOPES = 6
+_BASES = {
+    base.name: base
+    for base in (seccomp_profiles.ZYGOTE, seccomp_profiles.LONE, seccomp_profiles.SUBPROCESS)
+}
 
 
 class Refused(Exception):
@@ -36,7 +40,6 @@ class WorkerLayers(NamedTuple):
     is_confined: bool
     files: landlock.WorkerLayer | None
     calls: seccomp.Prepared | None
-    calls_alone: seccomp.Prepared | None
     landlock_abi: int
 
     def enter(self, slot: int) -> None:
@@ -57,14 +60,9 @@ class WorkerLayers(NamedTuple):
             self.calls.install()
 
     def enter_alone(self, _slot: int) -> None:
-        """Confine a zygote that serves itself: the jail is its call's alone, whoever shares it.
-
-        A filter reaches only the thread that installs it, so one with threads goes without.
-        """
+        """A zygote that serves itself is confined already: the jail is its call's alone."""
         if self.files is not None:
             self.files.close()
-        if self.calls_alone is not None and len(os.listdir("/proc/self/task")) == 1:
-            self.calls_alone.install()
 
 
 def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
@@ -75,7 +73,7 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     places = scratch.Places.of(plan)
     has_namespaces = plan["root"] is not None
     if not plan["is_confined"]:
-        return WorkerLayers(places, has_namespaces, False, None, None, None, 0)
+        return WorkerLayers(places, has_namespaces, False, None, None, 0)
     _step("resource_limits", privileges.set_resource_limits, plan["rlimits"])
     _step("capabilities", privileges.drop_capabilities, may_change_root=places.has_views)
     if not has_namespaces:
@@ -85,10 +83,8 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     abi, files = 0, None
     if plan["landlock"] is not None:
         abi, files = _restrict_files(plan, places)
-    calls, alone = None, None
-    if plan["seccomp"] is not None:
-        calls, alone = _filter_calls(plan, abi)
-    return WorkerLayers(places, has_namespaces, True, files, calls, alone, abi)
+    calls = _filter_calls(plan["seccomp"], abi) if plan["seccomp"] is not None else None
+    return WorkerLayers(places, has_namespaces, True, files, calls, abi)
 
 
 def _restrict_files(
@@ -114,31 +110,21 @@ def _restrict_files(
     return support.abi, files
 
 
-def _filter_calls(
-    plan: dict[str, Any], abi: int
-) -> tuple[seccomp.Prepared, seccomp.Prepared | None]:
-    """The base filter is installed and seen to hold; what a worker adds, and one in its own jail.
-
-    The latter is None where a toolkit may start programs.
-    """
-    wanted = plan["seccomp"]
-    base, worker = seccomp_profiles.ZYGOTE, seccomp_profiles.WORKER
-    if wanted["programs"]:
-        base = seccomp_profiles.SUBPROCESS
+def _filter_calls(wanted: dict[str, Any], abi: int) -> seccomp.Prepared | None:
+    """The base filter is installed and seen to hold; what a worker adds, if one is to be forked."""
+    base, worker = _BASES[wanted["base"]], None
     if not wanted["sockets"]:
         base = seccomp_profiles.without_namespaces(base, has_signal_scope=abi >= _ABI_WITH_SCOPES)
-    if abi < _ABI_WITH_TRUNCATE:
-        worker = seccomp_profiles.without_truncate(worker)
-    program = _step("seccomp", seccomp.compile_profile, worker, syscalls.MACHINE)
-    calls = _step("seccomp", seccomp.Prepared, program)
-    _step("seccomp", _try_filter, calls, worker)
-    alone = None
-    if not wanted["programs"]:
-        lone = seccomp_profiles.LONE_WORKER
-        alone = seccomp.Prepared(_step("seccomp", seccomp.compile_profile, lone, syscalls.MACHINE))
+    if wanted["base"] == seccomp_profiles.ZYGOTE.name:
+        profile = seccomp_profiles.WORKER
+        if abi < _ABI_WITH_TRUNCATE:
+            profile = seccomp_profiles.without_truncate(profile)
+        program = _step("seccomp", seccomp.compile_profile, profile, syscalls.MACHINE)
+        worker = _step("seccomp", seccomp.Prepared, program)
+        _step("seccomp", _try_filter, worker, profile)
     _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
     _step("seccomp", seccomp.verify, base, 1)
-    return calls, alone
+    return worker
 
 
 def _change_root(view: str) -> None:

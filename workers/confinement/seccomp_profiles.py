@@ -1,10 +1,11 @@
 """Which system calls a jail's processes may use, by group and with the reason of each. PURE data.
 
 How to read it. ZYGOTE is the base layer, inherited by every worker; SUBPROCESS takes its place
-where a toolkit may start programs. Both deny by default: what no group names answers ENOSYS, as a
-kernel without that call would, so that C libraries fall back; what is known and dangerous answers
-EPERM. A worker stacks WORKER on top, or LONE_WORKER where it has a jail to itself; these name only
-what is taken away. Of stacked filters the strictest answer counts: seccomp(2).
+where a toolkit may start programs, and LONE where a jail is for one call and its zygote serves that
+itself. All three deny by default: what no group names answers ENOSYS, as a kernel without that call
+would, so that C libraries fall back; what is known and dangerous answers EPERM. A worker stacks
+WORKER on top, which names only what is taken away. Of stacked filters the strictest answer counts:
+seccomp(2).
 
 What a filter cannot see is behind a pointer: paths, socket addresses, the flags of clone3 and
 openat2. Paths are Landlock's and the mount namespace's, addresses the network namespace's.
@@ -303,6 +304,14 @@ _NEW_WORKER = equals(0, _PARENT | _SIGCHLD, mask=~_CHILD_TID, whole=True)
 _NEW_PROCESS = equals(0, 0, mask=~_TO_A_PROCESS, whole=True)
 
 _OWN_ROOT = "chroot capset"
+_NO_PROGRAMS = (
+    Group(
+        "programs",
+        "The interpreter is running already; subprocess gets PermissionError.",
+        "fork vfork execve execveat",
+        EPERM,
+    ),
+)
 _ZYGOTE_PROCESSES = (
     Group(
         "own root",
@@ -318,12 +327,7 @@ _ZYGOTE_PROCESSES = (
         EPERM,
         (when(ALLOW, _NEW_THREAD), when(ALLOW, _NEW_WORKER)),
     ),
-    Group(
-        "programs",
-        "The interpreter is running already; subprocess gets PermissionError.",
-        "fork vfork execve execveat",
-        EPERM,
-    ),
+    *_NO_PROGRAMS,
     Group(
         "signals",
         "To one process by its id. Not to all (-1), to a group (0 and negative: workers share the "
@@ -333,8 +337,30 @@ _ZYGOTE_PROCESSES = (
         (when(EPERM, at_least(0, 0x80000000)), when(EPERM, equals(0, 0, 1))),
     ),
 )
-_SUBPROCESS_PROCESSES = (
+_NO_OWN_ROOT = (
     Group("own root", "Nobody in here has one to change to, or a capability.", _OWN_ROOT, EPERM),
+)
+_LONE_PROCESSES = (
+    *_NO_OWN_ROOT,
+    *_NO_PROGRAMS,
+    Group(
+        "threads only",
+        "It serves its one call itself, with the threads of its import: they all have this filter, "
+        "as none that is put on later reaches more than one thread.",
+        "clone",
+        EPERM,
+        (when(ALLOW, _NEW_THREAD),),
+    ),
+    Group(
+        "signals",
+        "To itself, in effect; not to the warden.",
+        "kill",
+        ALLOW,
+        (when(EPERM, at_least(0, 0x80000000)), when(EPERM, equals(0, 0, 1))),
+    ),
+)
+_SUBPROCESS_PROCESSES = (
+    *_NO_OWN_ROOT,
     Group(
         "processes",
         "Any flag but those for namespaces, tracing and what is still unknown.",
@@ -477,6 +503,7 @@ _BASE_PROBES = (
 _COMMON = _PLAIN + _ARGUMENTS + _SOCKETS + _PROCESSES + _REFUSED
 
 ZYGOTE = Profile("zygote", _COMMON + _ZYGOTE_PROCESSES, ENOSYS, _BASE_PROBES)
+LONE = Profile("lone", _COMMON + _LONE_PROCESSES, ENOSYS, _BASE_PROBES)
 SUBPROCESS = Profile("subprocess", _COMMON + _SUBPROCESS_PROCESSES, ENOSYS, _BASE_PROBES)
 
 # -- what a worker loses ---------------------------------------------------------------------------
@@ -541,17 +568,15 @@ _NO_NEIGHBOURS = (
         _EACCES,
     ),
 )
-_WORKER_PROBES = (
-    Probe("clone", (_SIGHAND,), errno.EPERM),  # would be EINVAL
-    Probe("seccomp", (1, 0, 0), errno.EPERM),  # would be EFAULT
-)
-
-LONE_WORKER = Profile("lone worker", _NO_MORE_PROCESSES, ALLOW, _WORKER_PROBES)
 WORKER = Profile(
     "worker",
     _NO_MORE_PROCESSES + _NO_NEIGHBOURS,
     ALLOW,
-    (*_WORKER_PROBES, Probe("listen", (-1, 0), errno.EACCES)),  # would be EBADF
+    (
+        Probe("clone", (_SIGHAND,), errno.EPERM),  # would be EINVAL
+        Probe("seccomp", (1, 0, 0), errno.EPERM),  # would be EFAULT
+        Probe("listen", (-1, 0), errno.EACCES),  # would be EBADF
+    ),
 )
 
 
