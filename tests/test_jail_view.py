@@ -129,16 +129,28 @@ def test_tool_cannot_reach_the_scratch_of_the_import_or_of_another_call(node: Se
     def look() -> list[str]:
         import os
 
+        numbers = range(64)
+        paths = [f"/scratch/{n}" for n in numbers] + [f"/slots/{n}" for n in numbers]
+        paths += [f"/slots/{n}/scratch/1" for n in numbers]
         found = []
-        for path in (f"/scratch/{number}" for number in range(64)):
+        for path in paths:
             if path == os.environ["HOME"]:
                 continue
-            for action in (os.listdir, os.mkdir, os.rmdir):
+            # Landlock covers the first three; the others are for the name alone.
+            for action in (os.listdir, os.mkdir, os.rmdir, os.utime, os.statvfs, os.access):
                 try:
-                    listed = action(path if action is os.listdir else path + "/left")
+                    if action in (os.mkdir, os.rmdir):
+                        action(path + "/left")
+                        found.append(f"{action.__name__} {path}")
+                    elif path == "/scratch/0":
+                        continue  # the import's, which every call may read
+                    elif action is os.access:
+                        found += [f"access {path}"] * os.access(path, os.F_OK)
+                    else:
+                        action(path)
+                        found.append(f"{action.__name__} {path}")
                 except OSError:
                     continue
-                found += [action.__name__, path] if listed is None else listed
         return found
 
     other = node.begin_inside(keep)

@@ -142,7 +142,8 @@ def _root(host: HostView, spec: JailSpec) -> dict[str, object]:
             "/tmp",
             "/toolkit",
             "/slots",
-            *(f"/scratch/{slot}" for slot in range(FIRST_SLOTS)),
+            # In a view there is only the import's scratch, and the worker's own.
+            *(f"/scratch/{slot}" for slot in range(2 if spec.forks_workers else FIRST_SLOTS)),
         ],
         "symlinks": [{"path": path, "target": target} for path, target in symlinks],
         "binds": [

@@ -239,6 +239,17 @@ class WorkerLayer:
         self._descriptors = []
 
 
+def verify_base(abi: int) -> list[str]:
+    """What of the base layer does not hold in this process, found by trying; empty if all does."""
+    return _allowed(
+        (
+            ("the root cannot be listed", lambda: os.listdir("/")),
+            ("no TCP port can be bound", _bind_tcp if abi >= 4 else None),
+            ("no other process can be signalled", _signal_parent if abi >= 6 else None),
+        )
+    )
+
+
 def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int) -> list[str]:
     """What of a worker's confinement does not hold, found by trying; empty if all does.
 
@@ -246,21 +257,20 @@ def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int)
     Both slots and the directory `readable`, which is part of the tree, exist.
     """
     other, own = (os.path.join(p, _PROBE_NAME) for p in (other_slot_path, slot_path))
-    found = []
-    for claim, action in (
-        ("other slots cannot be listed", lambda: os.listdir(other_slot_path)),
-        ("other slots cannot be written", lambda: _make_and_remove(other)),
-        ("slots cannot be listed", lambda: os.listdir(os.path.dirname(slot_path))),
+    found = _allowed(
         (
-            "nothing else can be written",
-            lambda: _make_and_remove(os.path.join(readable, _PROBE_NAME)),
-        ),
-        ("no device node can be made", lambda: os.mknod(own, stat.S_IFCHR, os.makedev(1, 3))),
-        ("no TCP port can be bound", _bind_tcp if abi >= 4 else None),
-        ("no other process can be signalled", _signal_parent if abi >= 6 else None),
-    ):
-        if action is not None and not _is_refused(action):
-            found.append(claim)
+            ("other slots cannot be listed", lambda: os.listdir(other_slot_path)),
+            ("other slots cannot be written", lambda: _make_and_remove(other)),
+            ("slots cannot be listed", lambda: os.listdir(os.path.dirname(slot_path))),
+            (
+                "nothing else can be written",
+                lambda: _make_and_remove(os.path.join(readable, _PROBE_NAME)),
+            ),
+            ("no device node can be made", lambda: os.mknod(own, stat.S_IFCHR, os.makedev(1, 3))),
+            ("no TCP port can be bound", _bind_tcp if abi >= 4 else None),
+            ("no other process can be signalled", _signal_parent if abi >= 6 else None),
+        )
+    )
     for claim, action in (
         ("the own slot can be written", lambda: _make_and_remove(own)),
         ("the rest can be read", lambda: os.listdir(readable)),
@@ -268,6 +278,11 @@ def verify_worker(slot_path: str, other_slot_path: str, readable: str, abi: int)
         if _is_refused(action):
             found.append(claim)
     return found
+
+
+def _allowed(claims: Iterable[tuple[str, Callable[[], object] | None]]) -> list[str]:
+    """The claims whose attempt was not refused."""
+    return [claim for claim, action in claims if action is not None and not _is_refused(action)]
 
 
 def verify_layer(

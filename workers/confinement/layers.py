@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
@@ -101,6 +102,9 @@ def _restrict_files(
     else:
         tree = landlock.tree_of(wanted["code"], wanted["scratch"])
     _step("landlock", landlock.enter_base, tree, support.abi)
+    broken = landlock.verify_base(support.abi)
+    if broken:
+        raise Refused("landlock", 0, "does not hold: " + "; ".join(broken))
     files = _step("landlock", landlock.WorkerLayer, tree, support.abi)
     own, other = places.outside(1), places.outside(2)
     here = plan["toolkit_directory"]
@@ -140,14 +144,13 @@ def _change_root(view: str) -> None:
 def _try_view(places: scratch.Places) -> None:
     """See in a process of its own that a worker leaves the other slots behind; else OSError."""
 
-    def attempt() -> None:
-        view, other = places.view(1), places.outside(2)
-        assert view is not None
-        if not os.path.isdir(other):
-            raise OSError(errno.ENOENT, other)
+    def attempt(own: int, other: int) -> None:
+        view, others = places.view(own), places.outside(other)
+        if view is None or not os.path.isdir(others):
+            raise OSError(errno.ENOENT, others)
         _change_root(view)
         privileges.drop_last_capability()
-        if os.path.exists(other) or not os.path.isdir(places.inside(1)):
+        if os.path.exists(others) or not os.path.isdir(places.inside(own)):
             raise OSError(errno.EPROTO, "another slot can be reached")
         try:
             os.chroot("/")
@@ -155,7 +158,8 @@ def _try_view(places: scratch.Places) -> None:
             return
         raise OSError(errno.EPROTO, "the capability is still there")
 
-    _in_a_child(attempt, "a worker's own root does not hold")
+    for own, other in ((1, 2), (2, 1)):
+        _in_a_child(partial(attempt, own, other), "a worker's own root does not hold")
 
 
 def _try_filter(calls: seccomp.Prepared, profile: Profile) -> None:
