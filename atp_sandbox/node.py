@@ -18,6 +18,7 @@ from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CgroupSupport, CgroupTree, detect, remove_stale
+from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.jail import SetupFailure
 from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import SnapshotHold, prune, take_snapshot
@@ -25,7 +26,7 @@ from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ToolkitSettings
-from atp_sandbox.state import let_others_pass, prepare
+from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
 USAGE_SAMPLE_S = 0.02
@@ -59,6 +60,7 @@ class Node:
         """What was found; None until a toolkit is to have control groups."""
         self._cgroups: CgroupTree | None = None
         self._mover: Mover | None = None
+        self._farewells = Farewells(loop)
         self._holds: list[SnapshotHold] = []
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
@@ -94,7 +96,14 @@ class Node:
         self._holds.append(SnapshotHold(snapshot))
         cgroups = self._cgroups if isolation.may_use_cgroups else None
         toolkit = ServedToolkit(
-            self._loop, settings, snapshot, self._build_dir, cgroups, self._mover, self
+            self._loop,
+            settings,
+            snapshot,
+            self._build_dir,
+            cgroups,
+            self._mover,
+            self._farewells,
+            self,
         )
         self._toolkits[settings.name] = toolkit
         self._to_discover.append(toolkit)
@@ -132,6 +141,7 @@ class Node:
                 timer.cancel()
         for toolkit in self._toolkits.values():
             toolkit.close()
+        self._farewells.close()
         for hold in self._holds:
             hold.close()
         self._holds.clear()
@@ -216,4 +226,5 @@ def _make_build_dir(state_dir: Path) -> Path:
             cause=str(error.strerror),
             tip="Jails are put together there; make it, empty, with mode 0755.",
         ) from error
+    remove_stale_scratch(path.parent)
     return path

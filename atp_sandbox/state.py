@@ -9,6 +9,7 @@ Trusted side only; no jail sees any of it but single snapshots, read-only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -27,6 +28,7 @@ from atp_sandbox.errors import SandboxError, UsageError
 SNAPSHOTS, LOCKS, RUN = "snapshots", "locks", "run"
 SUBDIRECTORIES = (SNAPSHOTS, LOCKS, RUN)
 
+_SCRATCH = "scratch-"
 _SECRET_NAME = "secret"
 _SECRET_BYTES = 32
 _MAX_PID_BYTES = 20
@@ -89,6 +91,20 @@ def let_others_pass(state_dir: Path) -> None:
     """
     for directory in (state_dir, state_dir / SNAPSHOTS):
         directory.chmod(0o711)
+
+
+def scratch_directory(parent: Path) -> Path:
+    """A name in `parent` for the plain scratch of one jail, which makes it."""
+    return parent / f"{_SCRATCH}{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def remove_stale_scratch(parent: Path) -> None:
+    """Remove what jails of dead supervisors left: their wardens have emptied it. Never looks in."""
+    for path in parent.glob(f"{_SCRATCH}*"):
+        pid = path.name.removeprefix(_SCRATCH).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _make(directory: Path) -> None:

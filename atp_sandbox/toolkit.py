@@ -19,6 +19,7 @@ from atp_sandbox.discovery import Discovery, Tool, parse_report
 from atp_sandbox.errors import SandboxError, ToolkitError
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CgroupTree
+from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.jail import Jail, SetupFailure
 from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import Snapshot
@@ -28,6 +29,7 @@ from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.scheduling import pool, verdict
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
+from atp_sandbox.state import scratch_directory
 from workers.frames import FrameError, FrameTooLong, is_oversize
 
 RESTING_BYTES = 32 * 1024 * 1024
@@ -83,6 +85,7 @@ class ServedToolkit:
         build_dir: Path,
         cgroups: CgroupTree | None,
         mover: Mover | None,
+        farewells: Farewells,
         listener: ToolkitListener,
     ) -> None:
         """`build_dir` is an empty directory, in one where plain scratch directories may be made."""
@@ -94,6 +97,7 @@ class ServedToolkit:
         self._build_dir = build_dir
         self._cgroups = cgroups
         self._mover = mover
+        self._farewells = farewells
         self._jails_made = 0
         self._listener = listener
         self._pool = pool.Pool(settings.limits, settings.lifetime)
@@ -470,13 +474,13 @@ class ServedToolkit:
                 pids_max=jail_processes(limits),
             )
             group.prepare_calls(1 if calls == 1 else limits.concurrency + pool.MAX_AHEAD)
-        return Jail(self._loop, self._spec(), group, self._mover, self)
+        return Jail(self._loop, self._spec(), group, self._mover, self._farewells, self)
 
     def _spec(self) -> JailSpec:
         snapshot, settings = self._snapshot, self.settings
         directory = self._build_dir
         if not settings.isolation.has_namespaces:
-            directory = directory.with_name(f"scratch-{secrets.token_hex(8)}")
+            directory = scratch_directory(directory.parent)
         return JailSpec(
             toolkit=ToolkitView(
                 directory=str(snapshot.directory),

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from atp_sandbox.errors import SandboxError, UsageError
-from atp_sandbox.state import SUBDIRECTORIES, LinkLock, default_state_dir, prepare
+from atp_sandbox.state import (
+    SUBDIRECTORIES,
+    LinkLock,
+    default_state_dir,
+    prepare,
+    remove_stale_scratch,
+    scratch_directory,
+)
 
 URL, KEY = "https://example.org", "key-that-must-not-show"
 
@@ -204,3 +211,13 @@ def test_secret_that_is_not_ours_alone_is_refused(state: Path, tmp_path: Path, h
         secret.symlink_to(tmp_path / "secret")
     with pytest.raises(SandboxError, match="secret"):
         LinkLock(state, URL, KEY).acquire()
+
+
+def test_scratch_of_dead_supervisors_is_removed_if_it_is_empty(tmp_path: Path) -> None:
+    mine = scratch_directory(tmp_path)
+    dead = tmp_path / "scratch-4194999-aa"  # beyond PID_MAX_LIMIT
+    full = tmp_path / "scratch-4194999-bb"
+    for path in (mine, dead, full, full / "0"):
+        path.mkdir()
+    remove_stale_scratch(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, full])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from atp_sandbox.confinement.plan import FIRST_SLOTS, JailSpec, slot_count
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CallGroup, CgroupError, JailGroup
 from atp_sandbox.jails.channel import Channel, channel_pair
+from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
 from atp_sandbox.jails.processes import ProcessHandle, ProcessStatus, read_status
@@ -36,8 +36,6 @@ _SETUP_S = 20.0
 """From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
 _MAY_CHANGE_ROOT = 1 << 18
 """CAP_SYS_CHROOT, which a zygote keeps inside its user namespace: capabilities(7)."""
-_ORDERLY_END_S = 2.0
-"""From hanging up to a warden without a PID namespace having ended all that came of it."""
 _FRAME_OVERHEAD_BYTES = 4_096
 """What an answer's frame holds beside the result."""
 
@@ -102,12 +100,14 @@ class Jail:
         spec: JailSpec,
         group: JailGroup | None,
         mover: Mover | None,
+        farewells: Farewells,
         listener: JailListener,
     ) -> None:
         """`group` is owned from here on; both are None where no control group can be made."""
         self._loop = loop
         self._group = group
         self._mover = mover
+        self._farewells = farewells
         self._spec = spec
         self._listener = listener
         self._workers: dict[int, Worker] = {}
@@ -240,27 +240,23 @@ class Jail:
             worker.close()
         self.output.close()
         self._reap_builder()
-        if self._warden_pid:
-            # Our own child, not reaped yet: its number is its own.
-            if self._warden_handle is not None:
-                self._loop.unwatch(self._warden_handle.fileno())
-            self._end_warden(self._warden_pid)
         self._workers.clear()
+        if self._warden_handle is None:
+            self._give_back()
+            return
+        self._loop.unwatch(self._warden_handle.fileno())
+        if self._spec.isolation.has_namespaces:
+            self._warden_handle.kill()
+        # Else it has been hung up on, and ends what came of it, as the kernel does for a namespace.
+        self._farewells.add(self._warden_handle, self._give_back)
+
+    def _give_back(self) -> None:
+        """Nothing of it runs any more."""
         if self._group is not None:
             self._group.close()
         if not self._spec.isolation.has_namespaces:
             self._remove_scratch()
         release_id(self._outside_id)
-
-    def _end_warden(self, pid: int) -> None:
-        if self._warden_handle is not None and not self._spec.isolation.has_namespaces:
-            # It has been hung up on, and ends what came of it, as the kernel does for a namespace.
-            select.select([self._warden_handle], [], [], _ORDERLY_END_S)
-        if self._warden_handle is not None:
-            self._warden_handle.close()
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
     def _remove_scratch(self) -> None:
         """The warden emptied it; never looked into here."""
@@ -327,17 +323,20 @@ class Jail:
 
     def _on_up(self, pid: int, zygote_inner_pid: int) -> None:
         """The warden speaks: it is our child, so its number cannot have been used again."""
-        self._warden_pid = pid
-        self._warden_handle = ProcessHandle(pid)
+        self._meet_warden(pid)
         self._zygote_inner_pid = zygote_inner_pid
         self._settle_warden_channel()
         self._reap_builder()
-        self._loop.watch(
-            self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
-        )
         slots = slot_count(self._spec.limits, forks_workers=self._spec.forks_workers)
         for slot in range(FIRST_SLOTS, slots):
             self._warden_channel.send(frames.encode("slot", slot))
+
+    def _meet_warden(self, pid: int) -> None:
+        if self._warden_handle is None:
+            self._warden_pid, self._warden_handle = pid, ProcessHandle(pid)
+            self._loop.watch(
+                self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
+            )
 
     def _settle_warden_channel(self) -> None:
         """Once builder and warden have both spoken, in whichever order, only the warden may."""
@@ -405,7 +404,7 @@ class Jail:
     def _on_warden(self, message: frames.Message, sender: int) -> None:
         match message[0]:
             case "forked":
-                self._warden_pid = message[1]
+                self._meet_warden(message[1])
                 self._builder_has_spoken = True
                 self._settle_warden_channel()
             case "failed":

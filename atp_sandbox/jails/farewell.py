@@ -1,0 +1,49 @@
+"""Wardens that have been told to end: watched until they have, so that nobody waits for one.
+
+With a PID namespace SIGKILL ends a warden and all of its jail at once, but the kernel still needs
+milliseconds for it; without one a warden first ends what came of it and removes its scratch, which
+a hostile tool can make large.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+
+from atp_sandbox.jails.processes import ProcessHandle
+from atp_sandbox.loop import READ, Loop, Timer
+
+PATIENCE_S = 10.0
+"""For an orderly end; then it is killed."""
+
+
+class Farewells:
+    """Owns the handles of processes that are ending, all of them children of this process."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._ending: dict[ProcessHandle, tuple[Timer, Callable[[], None]]] = {}
+
+    def add(self, handle: ProcessHandle, then: Callable[[], None]) -> None:
+        """Take over `handle`, reap its process once it has ended, and call `then`."""
+        timer = self._loop.call_later(PATIENCE_S, handle.kill)
+        self._ending[handle] = (timer, then)
+        self._loop.watch(handle.fileno(), READ, lambda _events: self._conclude(handle))
+
+    def close(self) -> None:
+        """Wait for all of them; kill those that take too long. Safe to call again."""
+        deadline = time.monotonic() + PATIENCE_S
+        for handle in list(self._ending):
+            if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                handle.kill()
+            self._conclude(handle)
+
+    def _conclude(self, handle: ProcessHandle) -> None:
+        timer, then = self._ending.pop(handle)
+        timer.cancel()
+        self._loop.unwatch(handle.fileno())
+        os.waitpid(handle.pid, 0)
+        handle.close()
+        then()
