@@ -165,14 +165,19 @@ class ServedToolkit:
     def watch_usage(self) -> None:
         """Compare what each running call, or a running import, has used with what it may."""
         most = self.settings.limits.memory_bytes
-        if self.state in (State.DISCOVERING, State.RESTARTING) and self._main is not None:
-            if self._main.zygote_memory_bytes() > most + RESTING_BYTES:
+        if self.state in (State.DISCOVERING, State.RESTARTING):
+            if self._zygote_memory_bytes() > most + RESTING_BYTES:
                 self._fail_import(
                     ToolkitError(
                         f"Toolkit {self.name}: its import used more than {format_size(most)}.",
                         tip="Raise --memory, or load large data inside the tools.",
                     )
                 )
+            return
+        if self._cgroups is None and self._zygote_memory_bytes() > most + RESTING_BYTES:
+            # Nobody else counts what it takes for itself while it serves.
+            assert self._main is not None
+            self._main.end("its zygote used more memory than it may")
             return
         if not self.settings.isolation.has_namespaces:
             self._watch_scratch()
@@ -192,6 +197,9 @@ class ServedToolkit:
                 self._obey(self._pool.stop_worker(number, verdict.memory_exceeded(limits), now))
             elif limits.cpu_s is not None and used.cpu_s > limits.cpu_s:
                 self._obey(self._pool.stop_worker(number, verdict.cpu_exceeded(limits), now))
+
+    def _zygote_memory_bytes(self) -> int:
+        return 0 if self._main is None else self._main.zygote_memory_bytes()
 
     def _watch_scratch(self) -> None:
         """Where scratch is a plain directory, the warden is asked now and then how full it is."""

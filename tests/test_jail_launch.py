@@ -93,4 +93,4 @@ def test_machine_without_user_namespaces_is_told_how_to_allow_them(tmp_path: Pat
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     assert "error: This machine cannot enforce: user namespaces (step namespaces)." in done.stderr
-    assert "tip: Run as root, or allow unprivileged user namespaces" in done.stderr
+    assert "tip: Allow user namespaces to ordinary users" in done.stderr

@@ -21,13 +21,19 @@ import psutil
 
 from atp_sandbox import log
 from atp_sandbox.confinement.plan import FIRST_SLOTS, JailSpec, slot_count
+from atp_sandbox.discovery import MAX_CLIENTS
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CallGroup, CgroupError, JailGroup
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
-from atp_sandbox.jails.processes import ProcessHandle, ProcessStatus, read_status
+from atp_sandbox.jails.processes import (
+    ProcessHandle,
+    ProcessStatus,
+    read_children,
+    read_status,
+)
 from atp_sandbox.jails.worker import Exited, Worker
 from atp_sandbox.loop import READ, Loop, Timer
 from workers import frames
@@ -36,6 +42,7 @@ _SETUP_S = 20.0
 """From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
 _MAY_CHANGE_ROOT = 1 << 18
 """CAP_SYS_CHROOT, which a zygote keeps inside its user namespace: capabilities(7)."""
+_STRAY = "an unknown process ran in it"
 _FRAME_OVERHEAD_BYTES = 4_096
 """What an answer's frame holds beside the result."""
 
@@ -115,7 +122,12 @@ class Jail:
         self._fresh_slots: list[int] = []
         self._waiting_for_slot: list[tuple[str, int]] = []
         self._groups_to_give_back: dict[int, CallGroup] = {}
-        self._strays: set[int] = set()
+        self._unknown: dict[int, set[int]] = {}
+        """Children of the warden that nobody spoke for, and the workers that each might be: those
+        that were starting when it was first seen."""
+        self._stopped_clients: set[int] = set()
+        self._silent_exits: list[Exited] = []
+        """Ends that no worker was found for yet."""
         self._resting_bytes = 0
         self._zygote_inner_pid = 0
         self._zygote_pid = 0
@@ -223,6 +235,10 @@ class Jail:
         except psutil.Error:
             return 0
         return rss
+
+    def end(self, reason: str) -> None:
+        """End the jail and tell the listener why."""
+        self._end(reason)
 
     def close(self) -> None:
         """End the jail with everything in it and give back what it owned. Safe to call again.
@@ -434,20 +450,30 @@ class Jail:
             return
         worker = self._by_inner_pid.get(inner_pid)
         if worker is None:
-            self._adopt_silent_exit(inner_pid, exited)
+            self._silent_exits.append(exited)
+            self._adopt_silent_exits()
         else:
             self._finish_worker(worker, exited)
-        self._strays = set(left)
+        known = {self._zygote_inner_pid, *self._by_inner_pid}
+        self._unknown = {
+            pid: self._unknown.get(pid, self._starting) for pid in left if pid not in known
+        }
         self._look_for_strays()
 
-    def _adopt_silent_exit(self, inner_pid: int, exited: Exited) -> None:
-        """A child ended that never spoke: a stray, or a worker whose first word is still unread."""
+    def _adopt_silent_exits(self) -> None:
+        """Children ended that never spoke: strays, or workers whose last words are still unread."""
         for worker in list(self._workers.values()):
             if not worker.inner_pid and worker.channel is not None:
                 worker.channel.read_now()
-                if worker.inner_pid == inner_pid or worker.channel.is_closed:
-                    self._finish_worker(worker, exited)
-                    return
+                self._adopt_silent_exit(worker)
+
+    def _adopt_silent_exit(self, worker: Worker) -> None:
+        """A worker that never spoke ends with its channel, which may be after word of its exit:
+        for a moment the zygote has a copy.
+        """
+        has_hung_up = worker.channel is not None and worker.channel.is_closed
+        if self._silent_exits and has_hung_up and not worker.inner_pid and worker.exited is None:
+            self._finish_worker(worker, self._silent_exits.pop(0))
 
     def _finish_worker(self, worker: Worker, exited: Exited) -> None:
         if worker.channel is not None:
@@ -484,19 +510,33 @@ class Jail:
         self._start_waiting()
 
     def _look_for_strays(self) -> None:
-        """End the jail if a process runs in it that we know nothing of.
+        """End the jail if a process runs or ran in it that we know nothing of.
 
         No worker can start one, so only a zygote that skips its workers' confinement makes them.
-        While a worker is starting, a child of the warden that we do not know may be that one.
+        A child of the warden that we do not know may be one of the workers that were starting when
+        it was first seen; it is none of them once they have all spoken or ended.
         """
-        if self._spec.may_start_programs or not self._spec.isolation.is_confined:
+        if self._is_closed:
             return
-        if any(worker.inner_pid == 0 for worker in self._workers.values()):
-            return
-        strays = self._strays - self._by_inner_pid.keys() - {self._zygote_inner_pid}
-        self._strays = set()
-        if strays:
-            self._end("an unknown process ran in it")
+        starting = self._starting
+        lives = any(
+            pid not in self._by_inner_pid and starting.isdisjoint(might_be)
+            for pid, might_be in self._unknown.items()
+        )
+        has_ended = bool(self._silent_exits) and not starting
+        if has_ended:
+            self._silent_exits.clear()
+        if (lives or has_ended) and not self._may_hold_strays:
+            self._end(_STRAY)
+
+    @property
+    def _may_hold_strays(self) -> bool:
+        return self._spec.may_start_programs or not self._spec.isolation.is_confined
+
+    @property
+    def _starting(self) -> set[int]:
+        """Workers that nobody has spoken for yet."""
+        return {worker.number for worker in self._workers.values() if not worker.inner_pid}
 
     def _on_zygote(self, message: frames.Message, sender: int) -> None:
         name = message[0]
@@ -515,16 +555,28 @@ class Jail:
                 self._phase = Phase.BROKEN
                 self._listener.jail_broken(self, message[1], message[2])
             case "stopped":
-                self._listener.client_stopped(self, message[1])
+                self._on_stopped(message[1])
             case "fork_failed":
                 self._on_fork_failed(message[1], message[2])
+
+    def _on_stopped(self, client: int) -> None:
+        """Once a client: whoever says more than there is to say keeps the supervisor busy."""
+        if client in self._stopped_clients or not 0 <= client < MAX_CLIENTS:
+            self._end("its zygote stopped a client that it had not")
+            return
+        self._stopped_clients.add(client)
+        self._listener.client_stopped(self, client)
 
     def _on_discovered(self, report: bytes, pid: int) -> None:
         self._phase = Phase.SERVING
         try:
             threads = read_status(pid).threads
+            strays = read_children(self._warden_pid) - {pid}
         except ProcessLookupError:
             return  # the warden will say how it ended
+        if strays and not self._may_hold_strays:
+            self._end(_STRAY)
+            return
         self._listener.jail_discovered(self, report, threads)
 
     def _on_fork_failed(self, number: int, errno: int) -> None:
@@ -534,6 +586,7 @@ class Jail:
             return
         self._listener.worker_hung_up(self, number)
         self._finish_worker(worker, Exited((errno & 0x7F) << 8, 0.0, 0))
+        self._look_for_strays()
 
     # -- workers -----------------------------------------------------------------------------------
 
@@ -584,17 +637,19 @@ class Jail:
         """Open a handle on the process that spoke, and make sure that it is one of this jail's."""
         assert worker.channel is not None
         try:
-            handle = ProcessHandle(pid)
+            worker.handle = ProcessHandle(pid)
             status = read_status(pid)
         except ProcessLookupError:
             return  # it has ended; the warden will say how
-        worker.handle = handle
         is_zygote = pid == self._zygote_pid
         if is_zygote is not worker.is_zygote:
             self._end("its zygote spoke for a worker")
             return
         if status.parent_pid != self._warden_pid:
             self._end("a worker is no child of its warden")
+            return
+        if status.inner_pid in self._by_inner_pid:
+            self._end("a process spoke for two workers")
             return
         worker.channel.peer_pid = pid
         worker.inner_pid = status.inner_pid
@@ -632,6 +687,7 @@ class Jail:
             self._listener.worker_broke_rules(self, worker.number, error)
         else:
             self._listener.worker_hung_up(self, worker.number)
+            self._adopt_silent_exit(worker)
 
     # -- ends --------------------------------------------------------------------------------------
 

@@ -51,6 +51,21 @@ def read_status(pid: int) -> ProcessStatus:
     )
 
 
+def read_children(pid: int) -> set[int]:
+    """Process ids of the living children of `pid`, of whichever thread (proc(5)).
+
+    ProcessLookupError if there is no such process.
+    """
+    found: set[int] = set()
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
+                found.update(map(int, file.read().split()))
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    return found
+
+
 class ProcessHandle:
     """A process by descriptor (pidfd_open(2)), so that a reused number is never hit. Owns it."""
 

@@ -18,7 +18,7 @@ class Remedy:
 
 _NAMESPACES = Remedy(
     "user namespaces",
-    "Run as root, or allow unprivileged user namespaces: "
+    "Allow user namespaces to ordinary users, as whom jails of root are made too: "
     "sysctl kernel.unprivileged_userns_clone=1 (Debian), "
     "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 24.04 and later), "
     "sysctl user.max_user_namespaces=15000; inside a container allow unshare and mount.",
@@ -73,7 +73,17 @@ REMEDIES = {
 _OTHERWISE = {
     # What an operator can do, by name, about a machine that will not change.
     **dict.fromkeys(
-        ("mount_namespace", "root", "namespaces", "pivot_root"),
+        (
+            "mount_namespace",
+            "root",
+            "namespaces",
+            "nested_namespaces",
+            "hostname",
+            "loopback",
+            "pivot_root",
+            "scratch",
+            "own_root",
+        ),
         "Inside a container that forbids namespaces: --isolation container.",
     ),
     "landlock": "Or do without it, by name: --waive landlock.",
