@@ -471,8 +471,8 @@ class Jail:
         """A worker that never spoke ends with its channel, which may be after word of its exit:
         for a moment the zygote has a copy.
         """
-        has_hung_up = worker.channel is not None and worker.channel.is_closed
-        if self._silent_exits and has_hung_up and not worker.inner_pid and worker.exited is None:
+        has_ended = worker.is_gone or (worker.channel is not None and worker.channel.is_closed)
+        if self._silent_exits and has_ended and not worker.inner_pid and worker.exited is None:
             self._finish_worker(worker, self._silent_exits.pop(0))
 
     def _finish_worker(self, worker: Worker, exited: Exited) -> None:
@@ -640,7 +640,9 @@ class Jail:
             worker.handle = ProcessHandle(pid)
             status = read_status(pid)
         except ProcessLookupError:
-            return  # it has ended; the warden will say how
+            worker.is_gone = True
+            self._adopt_silent_exit(worker)
+            return
         is_zygote = pid == self._zygote_pid
         if is_zygote is not worker.is_zygote:
             self._end("its zygote spoke for a worker")

@@ -39,6 +39,8 @@ class Worker:
         self.inner_pid = 0
         self.group: CallGroup | None = None
         self.usage: psutil.Process | None = None
+        self.is_gone = False
+        """It spoke, and had ended before it could be identified."""
         self.exited: Exited | None = None
         self.owes_answer = False
         self.on_measured: list[Callable[[bool], None]] = []
