@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import LogLine, NodeMaker, ServedNode, toolkit_text
 
+import atp_sandbox.jails.jail as jail_module
 import atp_sandbox.jails.launch as launch_module
 from atp_sandbox.errors import IsolationError
 from atp_sandbox.isolation import Isolation, Waivable
@@ -52,6 +53,12 @@ def without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Without:
     return switch_off
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor does not look at the zygote either, which would have noticed."""
+    monkeypatch.setattr(jail_module, "what_is_wrong", lambda *_: "")
+
+
 def attempted(node: ServedNode, attempt: Callable[..., Any], *arguments: Any) -> Any:
     """What came of the attempt, or the error's first words."""
     ticket = node.begin_inside(attempt, *arguments)
@@ -62,7 +69,7 @@ def attempted(node: ServedNode, attempt: Callable[..., Any], *arguments: Any) ->
 # -- what gets out ---------------------------------------------------------------------------------
 
 
-def test_network_namespace(make_node: NodeMaker, without: Without) -> None:
+def test_network_namespace(make_node: NodeMaker, without: Without, unseen: None) -> None:
     def connect(port: int) -> str:
         import socket
 
@@ -96,7 +103,7 @@ def test_network_namespace(make_node: NodeMaker, without: Without) -> None:
         assert ticket.value == "from outside"
 
 
-def test_ipc_namespace(make_node: NodeMaker, without: Without) -> None:
+def test_ipc_namespace(make_node: NodeMaker, without: Without, unseen: None) -> None:
     def attach(key: int) -> int:
         import ctypes
 
@@ -115,7 +122,7 @@ def test_ipc_namespace(make_node: NodeMaker, without: Without) -> None:
         libc.shmctl(segment, 0, None)
 
 
-def test_uts_namespace_and_its_name(make_node: NodeMaker, without: Without) -> None:
+def test_uts_namespace_and_its_name(make_node: NodeMaker, without: Without, unseen: None) -> None:
     def look() -> str:
         import os
 
@@ -310,6 +317,32 @@ def test_worker_filter(make_node: NodeMaker, without: Without, logged: list[LogL
             ),
             "it could get capabilities again",
             id="bounding set kept",
+        ),
+        *(
+            pytest.param(
+                ("confinement/namespaces.py", f"    | syscalls.CLONE_NEW{name.upper()}\n", ""),
+                f"it shares our namespaces: {name}",
+                id=f"{name} namespace shared",
+            )
+            for name in ("ipc", "cgroup")
+        ),
+        pytest.param(
+            (
+                "zygote.py",
+                "        zygote.confine()\n",
+                "        zygote.confine(); zygote.kept = open('/etc/hosts')\n",
+            ),
+            "it has a descriptor of /etc/hosts",
+            id="file open",
+        ),
+        pytest.param(
+            (
+                "zygote.py",
+                "        zygote.confine()\n",
+                "        zygote.confine(); zygote.kept = socket.socketpair()\n",
+            ),
+            "it has a socket that is not its own",
+            id="sockets open",
         ),
         pytest.param(
             (

@@ -42,6 +42,8 @@ def start(plan: dict[str, Any]) -> NoReturn:
     os.chdir(plan["toolkit_directory"])
     zygote = _Zygote(plan)
     try:
+        # Until the supervisor has looked at what it holds.
+        privileges.show_to_tracers()
         zygote.confine()
         zygote.wait_for_go()
         if plan["is_confined"]:

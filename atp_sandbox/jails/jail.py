@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from functools import cache
 from typing import Protocol
 
 import psutil
@@ -26,22 +25,16 @@ from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CallGroup, CgroupError, JailGroup
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.farewell import Farewells
+from atp_sandbox.jails.inspection import what_is_wrong
 from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
-from atp_sandbox.jails.processes import (
-    ProcessHandle,
-    ProcessStatus,
-    read_children,
-    read_status,
-)
+from atp_sandbox.jails.processes import ProcessHandle, read_children, read_status
 from atp_sandbox.jails.worker import Exited, Worker
 from atp_sandbox.loop import READ, Loop, Timer
 from workers import frames
 
 _SETUP_S = 20.0
 """From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
-_MAY_CHANGE_ROOT = 1 << 18
-"""CAP_SYS_CHROOT, which a zygote keeps inside its user namespace: capabilities(7)."""
 _STRAY = "an unknown process ran in it"
 _FRAME_OVERHEAD_BYTES = 4_096
 """What an answer's frame holds beside the result."""
@@ -362,11 +355,10 @@ class Jail:
     def _on_locked(self, pid: int) -> None:
         """Look at the confined zygote from outside before any foreign code runs in it."""
         try:
-            status = read_status(pid)
+            wrong = what_is_wrong(self._spec, pid, self._outside_id)
         except ProcessLookupError:
             self._fail_setup("start", "the zygote ended")
             return
-        wrong = self._what_is_wrong(status)
         if wrong:
             self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
             return
@@ -378,27 +370,6 @@ class Jail:
         add = self._group.adder()
         self._mover.move(self._warden_pid, add, self._fail_if)
         self._mover.move(pid, add, self._go)
-
-    def _what_is_wrong(self, status: ProcessStatus) -> str:
-        """What the kernel says of the zygote that its plan does not; empty if all is well."""
-        isolation = self._spec.isolation
-        if not isolation.is_confined:
-            return ""
-        has_views = isolation.has_namespaces and self._spec.forks_workers
-        if status.capabilities & ~(_MAY_CHANGE_ROOT if has_views else 0):
-            return "it still has capabilities"
-        if status.bounding and (isolation.has_namespaces or self._outside_id is not None):
-            # Without a namespace, an ordinary user cannot empty the set; no_new_privs voids it.
-            return "it could get capabilities again"
-        if not status.no_new_privs:
-            return "no_new_privs is not set"
-        if isolation.has_namespaces and status.namespace_depth < _own_depth() + 1:
-            return "it is in no PID namespace of its own"
-        if isolation.has_seccomp and not status.is_filtered:
-            return "its system calls are not filtered"
-        if self._outside_id is not None and status.uid != self._outside_id:
-            return f"it runs as user {status.uid}"
-        return ""
 
     def _fail_if(self, error: Exception | None) -> None:
         if error is not None and not self._is_closed:
@@ -709,11 +680,6 @@ class Jail:
             return
         self.close()
         self._listener.jail_ended(self, reason)
-
-
-@cache
-def _own_depth() -> int:
-    return read_status(os.getpid()).namespace_depth
 
 
 def _describe_exit(who: str, status: int) -> str:

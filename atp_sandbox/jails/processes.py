@@ -51,6 +51,40 @@ def read_status(pid: int) -> ProcessStatus:
     )
 
 
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+"""Those that a jail has for itself: namespaces(7)."""
+_O_PATH = 0o10000000
+
+
+def shared_namespaces(pid: int) -> list[str]:
+    """Which of `NAMESPACES` process `pid` is in together with us; ProcessLookupError if gone."""
+    try:
+        return [
+            name
+            for name in NAMESPACES
+            if os.stat(f"/proc/{pid}/ns/{name}").st_ino == os.stat(f"/proc/self/ns/{name}").st_ino
+        ]
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+
+
+def read_descriptors(pid: int) -> list[str]:
+    """What process `pid` has open for use, as proc(5) spells it: no mere path (O_PATH).
+
+    PermissionError if it is not dumpable, ProcessLookupError if it is gone.
+    """
+    found = []
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as file:
+                flags = next(int(row.split()[1], 8) for row in file if row.startswith("flags:"))
+            if not flags & _O_PATH:
+                found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    return found
+
+
 def read_children(pid: int) -> set[int]:
     """Process ids of the living children of `pid`, of whichever thread (proc(5)).
 

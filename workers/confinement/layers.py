@@ -56,7 +56,7 @@ class WorkerLayers(NamedTuple):
         if self.files is not None:
             self.files.enter(self.places.inside(slot))
             # Its own Landlock domain keeps its neighbours from tracing it; it may look at itself.
-            syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+            privileges.show_to_tracers()
         if self.calls is not None:
             self.calls.install()
 

@@ -51,6 +51,11 @@ def hide_from_tracers() -> None:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
+def show_to_tracers() -> None:
+    """PR_SET_DUMPABLE 1: whoever has our user id and no less power may look at us."""
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+
+
 def set_resource_limits(limits: dict[str, Any]) -> None:
     """Set each named limit, soft and hard: `{"nofile": 256, …}`. OSError names the limit."""
     for name, value in limits.items():

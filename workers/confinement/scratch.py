@@ -221,10 +221,16 @@ def _unlink(name: str, directory_fd: int) -> bool:
 
 
 def _open_own(name: str, directory_fd: int) -> int:
-    """Open a directory of ours, and make it one that can be emptied."""
-    path_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory_fd)
+    """Open a directory of ours, and make it one that can be emptied and moved."""
     try:
-        os.chmod(f"/proc/self/fd/{path_fd}", 0o700)
-    finally:
-        os.close(path_fd)
-    return os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
+        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
+    except PermissionError:  # its mode is closed to its own owner
+        path_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory_fd)
+        try:
+            os.chmod(f"/proc/self/fd/{path_fd}", 0o700)
+        finally:
+            os.close(path_fd)
+        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
+    if os.fstat(fd).st_mode & 0o700 != 0o700:
+        os.fchmod(fd, 0o700)
+    return fd
