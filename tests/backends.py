@@ -211,7 +211,8 @@ class Serving:
     def wait_for(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         """The first match of `pattern` in the log."""
         wait_until(
-            lambda: re.search(pattern, self.log) or self.process.poll() is not None,
+            # Not `process.poll()`: what it logged last may still have to be read.
+            lambda: re.search(pattern, self.log) or not self._reader.is_alive(),
             pattern,
             timeout_s,
         )

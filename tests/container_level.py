@@ -376,6 +376,7 @@ def test_nothing_is_left_after_an_orderly_end(make_node: NodeMaker) -> None:
 @pytest.mark.parametrize("who", ["supervisor", "warden"])
 def test_killed_supervisor_or_warden_leaves_nothing(tmp_path: Path, who: str) -> None:
     comm = f"atp-c-{who[0]}-{os.getpid() % 100000}"
+    tmp_path.chmod(0o755)
     kit = tmp_path / "kit.py"
     kit.write_text(toolkit_text())
     source = (
@@ -385,7 +386,11 @@ def test_killed_supervisor_or_warden_leaves_nothing(tmp_path: Path, who: str) ->
     command = [sys.executable, "-m", "atp_sandbox", "call", str(kit), "probe", "--isolation"]
     command += ["container", f"source={source}", "name=f", "arguments:=[]"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as supervisor:
         wait_until(lambda: processes_named(comm), "the tool to be seen from outside")
         all_of_it = psutil.Process(supervisor.pid).children(recursive=True)

@@ -35,11 +35,12 @@ from atp_sandbox.cli.backend import listen
 from atp_sandbox.errors import SandboxError, UsageError
 
 KEY = "key-for-tests-only"
+PATIENCE_S = 40.0
 WS_PATHS = ["/ws/v1/atp/{key}/", "/ws/v1/atp/toolkit-client/{key}/"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "what was waited for did not happen"
@@ -66,11 +67,11 @@ class Running:
             target=lambda: asyncio.run(self.server.serve(sockets=[self.listener]))
         )
         self._thread.start()
-        assert ready.wait(20)
+        assert ready.wait(PATIENCE_S)
 
     def close(self) -> None:
         self.server.stop()
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
         self._callers.shutdown()
         self.http.close()
         self.listener.close()
@@ -82,7 +83,7 @@ class Running:
     def toolkit(self, key: str = KEY, path: str = WS_PATHS[1]) -> Iterator[ClientConnection]:
         """A websocket that has been greeted; the backend counts it as connected from then on."""
         with self.link(key, path) as link:
-            hello = json.loads(link.recv(timeout=10))
+            hello = json.loads(link.recv(timeout=PATIENCE_S))
             assert hello["message_type"] == "atp_client_connected"
             assert isinstance(hello["payload"]["message"], str)
             yield link
@@ -137,7 +138,7 @@ def backend(_shared: Running) -> Running:
 
 def answer(link: ClientConnection, result: object = None, **changes: Any) -> dict[str, Any]:
     """Take one request from `link`, answer it, and give what was asked."""
-    message: dict[str, Any] = json.loads(link.recv(timeout=10))
+    message: dict[str, Any] = json.loads(link.recv(timeout=PATIENCE_S))
     assert message["message_type"] == "atp_tool_request"
     row = {"type": "tool_response", "request_id": message["payload"]["request_id"]}
     link.send(json.dumps({**row, "result": result, **changes}))
@@ -195,7 +196,7 @@ def test_calls_of_one_toolkit_are_answered_in_any_order(backend: Running) -> Non
     backend.register()
     with backend.toolkit() as link:
         calls = [backend.call_soon(params={"text": str(n)}) for n in range(4)]
-        asked = [json.loads(link.recv(timeout=10))["payload"] for _ in calls]
+        asked = [json.loads(link.recv(timeout=PATIENCE_S))["payload"] for _ in calls]
         for payload in reversed(asked):
             row = {"type": "tool_response", "request_id": payload["request_id"]}
             link.send(json.dumps({**row, "result": payload["params"]["text"]}))
@@ -206,7 +207,7 @@ def test_answer_may_come_over_a_later_connection(backend: Running) -> None:
     backend.register()
     with backend.toolkit() as link:
         waiting = backend.call_soon()
-        payload = json.loads(link.recv(timeout=10))["payload"]
+        payload = json.loads(link.recv(timeout=PATIENCE_S))["payload"]
     with backend.toolkit() as link:
         row = {"type": "tool_response", "request_id": payload["request_id"], "result": 7}
         link.send(json.dumps(row))
@@ -217,10 +218,10 @@ def test_another_key_cannot_answer_a_call(backend: Running) -> None:
     backend.register()
     with backend.toolkit() as link, backend.toolkit("another-key") as thief:
         waiting = backend.call_soon()
-        request = json.loads(link.recv(timeout=10))
+        request = json.loads(link.recv(timeout=PATIENCE_S))
         row = {"type": "tool_response", "request_id": request["payload"]["request_id"]}
         thief.send(json.dumps({**row, "result": "stolen"}))
-        assert thief.ping().wait(10)
+        assert thief.ping().wait(PATIENCE_S)
         link.send(json.dumps({**row, "result": "honest"}))
         assert waiting.result().json()["result"] == "honest"
 
@@ -443,7 +444,7 @@ def test_answer_in_a_binary_frame_is_taken(backend: Running) -> None:
     backend.register()
     with backend.toolkit() as link:
         waiting = backend.call_soon()
-        payload = json.loads(link.recv(timeout=10))["payload"]
+        payload = json.loads(link.recv(timeout=PATIENCE_S))["payload"]
         row = {"type": "tool_response", "request_id": payload["request_id"], "result": 1}
         link.send(json.dumps(row).encode())
         assert waiting.result().json()["result"] == 1
@@ -454,7 +455,7 @@ def test_answer_that_is_not_strict_json_is_502_at_once(backend: Running, result:
     backend.register()
     with backend.toolkit() as link:
         waiting = backend.call_soon()
-        request_id = json.loads(link.recv(timeout=10))["payload"]["request_id"]
+        request_id = json.loads(link.recv(timeout=PATIENCE_S))["payload"]["request_id"]
         link.send(f'{{"type": "tool_response", "request_id": "{request_id}", "result": {result}}}')
         assert waiting.result().status_code == 502
         assert "unusable" in waiting.result().json()["error"]
@@ -496,7 +497,7 @@ def test_pings_are_answered_and_nothing_is_compressed(backend: Running) -> None:
     with backend.toolkit() as link:
         assert link.response is not None
         assert "Sec-WebSocket-Extensions" not in link.response.headers
-        assert link.ping(b"payload").wait(10)
+        assert link.ping(b"payload").wait(PATIENCE_S)
 
 
 def test_backend_pings_idle_toolkits() -> None:
@@ -506,7 +507,7 @@ def test_backend_pings_idle_toolkits() -> None:
         with running.toolkit() as link:
             (served,) = running.server.server_state.connections
             wait_until(lambda: getattr(served, "last_ping_rtt", 0) > 0)
-            assert link.ping().wait(10)
+            assert link.ping().wait(PATIENCE_S)
     finally:
         running.close()
 
@@ -517,9 +518,9 @@ def test_stopping_ends_the_calls_under_way() -> None:
         running.register()
         with running.toolkit() as link:
             waiting = running.call_soon()
-            link.recv(timeout=10)
+            link.recv(timeout=PATIENCE_S)
             running.server.stop()
-            assert waiting.result(timeout=20).status_code == 503
+            assert waiting.result(timeout=PATIENCE_S).status_code == 503
     finally:
         running.close()
 
@@ -635,10 +636,10 @@ def test_command_ends_with_0_and_shows_no_key(number: signal.Signals, tmp_path: 
                 for path in WS_PATHS:
                     url = f"ws://127.0.0.1:{ready['port']}{path.format(key=KEY)}"
                     with open_link(url) as link:
-                        link.recv(timeout=10)
+                        link.recv(timeout=PATIENCE_S)
                         link.send("junk")
                 process.send_signal(number)
-                output, _ = process.communicate(timeout=20)
+                output, _ = process.communicate(timeout=PATIENCE_S)
         finally:
             process.kill()
     assert process.returncode == 0
@@ -694,7 +695,7 @@ def test_embedded_backend_ends_when_its_parent_is_killed() -> None:
         finally:
             parent.kill()
     try:
-        assert select.select([child], [], [], 20)[0], "the child outlived its parent"
+        assert select.select([child], [], [], PATIENCE_S)[0], "the child outlived its parent"
     finally:
         os.close(child)
 
@@ -782,7 +783,7 @@ client.start()
         sys.stdout.write((folder / "log").read_text(errors="replace")[-20_000:])
 
 
-def call_sdk(backend: Running, *texts: str, timeout_s: float = 20) -> None:
+def call_sdk(backend: Running, *texts: str, timeout_s: float = PATIENCE_S) -> None:
     def is_connected() -> bool:
         return [row["connected"] for row in backend.http.get("/tools").json()] == [True]
 

@@ -12,7 +12,7 @@ from conftest import NodeMaker, ServedNode, toolkit_text
 from atp_sandbox.limits import MAX_JSON_DEPTH, MAX_OUTPUT_CAPTURE_BYTES, MAX_REQUEST_BYTES, MIB
 from atp_sandbox.outcome import Kind, Limit, outcome_json
 
-TIME_S = 1.5
+TIME_S = 3.0
 GRACE_S = 2.0
 """From a limit to its answer."""
 
@@ -405,7 +405,7 @@ def test_printed_escape_sequences_are_made_harmless(node: ServedNode) -> None:
 
 
 def test_full_queue_is_overloaded_with_a_time_to_come_back(make_node: NodeMaker) -> None:
-    node = make_node(toolkit_text(BODY), time_s=1.0, concurrency=2, queue=2)
+    node = make_node(toolkit_text(BODY), time_s=3.0, concurrency=2, queue=2)
     running = [node.begin_inside(sleep) for _ in range(2)]
     node.until(lambda: node.toolkit is not None and node.toolkit.running == 2, "two at work")
     waiting = [node.submit("echo", {"value": n}) for n in range(2)]
@@ -419,9 +419,9 @@ def test_full_queue_is_overloaded_with_a_time_to_come_back(make_node: NodeMaker)
 
 
 def test_deadline_runs_from_receipt_while_a_call_waits_in_the_queue(make_node: NodeMaker) -> None:
-    node = make_node(toolkit_text(BODY), time_s=2.0, concurrency=1)
+    node = make_node(toolkit_text(BODY), time_s=5.0, concurrency=1)
     running = node.begin_inside(sleep)
-    waiting = node.submit("echo", age_s=1.5)
+    waiting = node.submit("echo", age_s=4.0)
     node.finish(waiting)
     assert not running.outcomes
     assert waiting.failure.kind is Kind.TIMEOUT

@@ -8,11 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 _TESTS = 17
 """How many there are at least; that none is lost."""
 
 
+@pytest.mark.timeout(300)  # half a minute where nothing else runs
 def test_container_level_holds_inside_a_container() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     around = [sys.executable, str(ROOT / "tests" / "around.py"), '{"ordinary_container": true}']

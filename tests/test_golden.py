@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -41,6 +42,8 @@ SCENARIO_S = 190
 GONE_S = 5.0
 """For the kernel to take the jails down after their supervisor was killed; about 50 ms if idle."""
 FIRST_CONNECTION_S = 40.0
+ANSWER_S = 20.0
+"""For an answer that is due: a scenario gives some a second, enough where nothing else runs."""
 LOOK_S = 0.3
 SAMPLE_UNAVAILABLE = {"error": "Sample response unavailable"}
 
@@ -288,7 +291,10 @@ async def _play(name: str, function: Scenario, folder: Path, options: tuple[str,
     run = oracle("harness").Run(name, "0.1.0", _interpreter(folder, options), folder / "run")
     (folder / "run").mkdir()
     run.b = await oracle("fake_backend").Backend().start()
-    run.b.next_ws = _patient(run)
+    held = socket.socket()
+    run.client = _patient_client(run)
+    run.b.next_ws = _patient_next_ws(run)
+    run.b.stop_listening = _holding_its_port(run, held)
     family: set[psutil.Process] = set()
     looking = asyncio.create_task(_look_for_family(run, family))
     try:
@@ -299,6 +305,7 @@ async def _play(name: str, function: Scenario, folder: Path, options: tuple[str,
         looking.cancel()
         await run.finish()
         await _disconnect(run)
+        held.close()
         document = Document(run.document())
         run.logf.close()
     _assert_gone(family, folder)
@@ -316,19 +323,67 @@ def _interpreter(folder: Path, options: tuple[str, ...]) -> str:
     return str(path)
 
 
-def _patient(run: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """The backend's `next_ws`, that gives the first connection the time a busy machine needs."""
+Patient = Callable[..., Coroutine[Any, Any, Any]]
+
+
+async def _until(run: Any, condition: Callable[[], bool]) -> None:
+    """Give a first step the time that a busy machine needs, unless `serve` ends before it."""
+    deadline = time.monotonic() + FIRST_CONNECTION_S
+    while not condition() and run.proc.returncode is None and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+
+
+def _patient_client(run: Any) -> Patient:
+    """`run.client`, from which a scenario's times run: interpreter and jail have started then."""
+    client = run.client
+
+    async def patient_client(*arguments: Any, **options: Any) -> None:
+        await client(*arguments, **options)
+        await _until(run, lambda: run.b.nconn > 0 or "the backend" in run.log())
+
+    return patient_client
+
+
+def _patient_next_ws(run: Any) -> Patient:
     next_ws = run.b.next_ws
 
     async def patient_next_ws(timeout: float = 10) -> Any:
-        deadline = time.monotonic() + FIRST_CONNECTION_S
-        while (
-            run.b.ws_attempts == 0 and run.proc.returncode is None and time.monotonic() < deadline
-        ):
-            await asyncio.sleep(0.02)
-        return await next_ws(timeout if run.proc.returncode is None else 0.1)
+        await _until(run, lambda: run.b.ws_attempts > 0)
+        ws = await next_ws(timeout if run.proc.returncode is None else 0.1)
+        if ws is not None:
+            _wait_for_due_answers(ws)
+        return ws
 
     return patient_next_ws
+
+
+def _wait_for_due_answers(ws: Any) -> None:
+    """Each request has an answer, so what follows one is waited for."""
+    request, recv = ws.request, ws.recv
+    due: list[int] = []
+
+    async def counting_request(*arguments: Any, **options: Any) -> None:
+        due.append(1)
+        await request(*arguments, **options)
+
+    async def patient_recv(timeout: float = 5.0, *arguments: Any) -> Any:
+        found = await recv(max(timeout, ANSWER_S) if due else timeout, *arguments)
+        del due[-1:]
+        return found
+
+    ws.request, ws.recv = counting_request, patient_recv
+
+
+def _holding_its_port(run: Any, held: socket.socket) -> Patient:
+    """The backend's `stop_listening`; `held` keeps others from listening there instead."""
+    stop_listening = run.b.stop_listening
+
+    async def stop_and_hold() -> None:
+        await stop_listening()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for when it listens again
+        held.bind((run.b.host, run.b.port))
+
+    return stop_and_hold
 
 
 async def _disconnect(run: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import psutil
@@ -57,7 +58,7 @@ def test_each_call_has_a_jail_of_its_own_with_lifetime_jail(make_node: NodeMaker
         left = os.path.expanduser("~/left")
         found = os.path.exists(left)
         open(left, "w").close()
-        time.sleep(0.5)
+        time.sleep(1.5)  # longer than one jail can be ready before the other
         return [began, time.monotonic(), seen, found]
 
     node = make_node(toolkit_text(BODY), lifetime="jail", concurrency=3)
@@ -251,21 +252,23 @@ def linger(comm: str, fork: bool) -> str:
 
 @pytest.mark.parametrize("lifetime", ["call", "calls:5", "jail"])
 def test_killed_worker_is_gone_from_the_machine(make_node: NodeMaker, lifetime: str) -> None:
-    node = make_node(toolkit_text(BODY), time_s=1.0, lifetime=lifetime)
-    ticket = node.begin_inside(linger, "atp-t-hang", False)
-    node.until(lambda: processes_named("atp-t-hang"), "the tool to be seen from outside")
+    comm = f"atp-t-h-{os.getpid()}"  # the same test may run beside this one, for another lifetime
+    node = make_node(toolkit_text(BODY), time_s=5.0, lifetime=lifetime)
+    ticket = node.begin_inside(linger, comm, False)
+    node.until(lambda: processes_named(comm), "the tool to be seen from outside")
     node.finish(ticket)
     assert ticket.failure.kind is Kind.TIMEOUT
-    node.until(lambda: not processes_named("atp-t-hang"), "its end", timeout_s=1.0)
+    node.until(lambda: not processes_named(comm), "its end", timeout_s=1.0)
 
 
 @pytest.mark.parametrize("lifetime", ["call", "jail"])
 def test_daemon_that_a_tool_left_is_gone_a_second_after_the_call(
     make_node: NodeMaker, lifetime: str
 ) -> None:
+    comm = f"atp-t-d-{os.getpid()}"
     node = make_node(toolkit_text(BODY), lifetime=lifetime)
-    ticket = node.begin_inside(linger, "atp-t-daemon", True)
+    ticket = node.begin_inside(linger, comm, True)
     node.finish(ticket)
     assert ticket.value in ("left a daemon", "may not fork")
-    node.until(lambda: not processes_named("atp-t-daemon"), "its end", timeout_s=1.0)
+    node.until(lambda: not processes_named(comm), "its end", timeout_s=1.0)
     node.assert_healthy()

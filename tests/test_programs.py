@@ -162,7 +162,7 @@ def test_daemon_that_a_tool_left_is_gone_a_second_after_the_call(
 
 def test_processes_of_a_call_that_is_stopped_go_with_it(make_node: NodeMaker) -> None:
     comm = f"atp-p-run-{os.getpid() % 10000}"
-    node = make_node(toolkit_text(), programs=True, time_s=3.0)
+    node = make_node(toolkit_text(), programs=True, time_s=8.0)  # its jail has to start, too
     ticket = node.begin_inside(leave, comm, "while it runs")
     node.until(lambda: len(processes_named(comm)) == 2, "both to be seen from outside")
     node.finish(ticket)
@@ -223,13 +223,14 @@ def test_fork_bomb_stays_in_its_jail(make_node: NodeMaker) -> None:
             except OSError:
                 continue
 
-    node = make_node(toolkit_text(BODY), programs=True, time_s=3.0, processes=20, concurrency=2)
+    time_s = 6.0
+    node = make_node(toolkit_text(BODY), programs=True, time_s=time_s, processes=20, concurrency=2)
     bystander = node.submit("run", {"command": ["/bin/sleep", "1"]})
     ticket = node.begin_inside(bomb)
     node.finish(ticket, bystander)
     assert ticket.failure.kind in (Kind.TIMEOUT, Kind.PROCESS_LIMIT)
     assert isinstance(bystander.outcome, Success)
-    assert ticket.seconds < 3.0 + 2.0
+    assert ticket.seconds < time_s + 2.0
     node.assert_healthy()
 
 

@@ -9,14 +9,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.soak import run_soak
+from benchmarks import soak
 
 MIN_CALLS = 200
+TIME_LIMIT_S = 10.0
+"""For sixteen calls at once beside other tests; the benchmark's own is for a machine of its own."""
 
 
 @pytest.mark.slow
-def test_thousand_mixed_calls_are_answered_once_each_and_leave_nothing() -> None:
-    report = run_soak(1_000, concurrency=16, seconds=40.0)
+def test_thousand_mixed_calls_are_answered_once_each_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(soak, "TIME_LIMIT_S", TIME_LIMIT_S)
+    report = soak.run_soak(1_000, concurrency=16, seconds=30.0)
     assert report.faults == []
     assert report.before == report.after
     assert report.calls >= MIN_CALLS

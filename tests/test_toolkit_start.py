@@ -142,7 +142,9 @@ def test_import_that_hangs_is_ended_by_the_import_time_limit(make_node: NodeMake
 
 
 def test_import_that_takes_too_much_memory_is_ended(make_node: NodeMaker) -> None:
-    line = "held = []\nwhile True:\n    held.append(b'x' * 1_000_000)\n"
+    # At a pace at which it is looked at long before it fills the group of the whole jail.
+    line = "import time\nheld = []\n"
+    line += "while True:\n    held.append(b'x' * 1_000_000)\n    time.sleep(0.005)\n"
     node = make_node(HEAD + line, memory_bytes=64 * 1024 * 1024)
     assert node.error is not None
     assert "its import used more than 64 MiB" in node.error.message
