@@ -27,7 +27,7 @@ class Waivable(StrEnum):
 
 
 WITHOUT = {
-    Waivable.LANDLOCK: "calls of one toolkit are not kept from each other's memory",
+    Waivable.LANDLOCK: "one wall less between the calls of one toolkit",
     Waivable.SECCOMP: "every system call of the kernel is open to the toolkit",
     Waivable.CGROUP: "memory of calls is sampled every 20 ms, processes are limited per jail only",
 }

@@ -214,6 +214,66 @@ def test_no_process_outside_can_be_signalled_or_traced(node: ServedNode) -> None
         refused(node, trace, pid)
 
 
+def test_modes_of_the_machines_files_cannot_be_changed(node: ServedNode, tmp_path: Path) -> None:
+    """Landlock has no right for that, and without root the files belong to the same user."""
+
+    def attempt(path: str) -> None:
+        import os
+
+        for change in (lambda: os.chmod(path, 0o4777), lambda: os.utime(path, (1, 1))):
+            try:
+                change()
+            except OSError:
+                continue
+
+    mine = tmp_path / "mine"
+    mine.touch(mode=0o600)
+    node.inside(attempt, str(mine))
+    node.inside(attempt, str(tmp_path.parent))
+    assert mine.stat().st_mode & 0o7777 == 0o600
+    assert mine.stat().st_mtime > 1
+    assert tmp_path.parent.stat().st_mode & 0o7777 != 0o4777
+
+
+def test_no_datagram_reaches_a_socket_of_the_machine(node: ServedNode, tmp_path: Path) -> None:
+    def attempt(path: str) -> None:
+        import socket
+
+        socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", path)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        (tmp_path / "log").chmod(0o777)
+        refused(node, attempt, str(tmp_path / "log"))
+
+
+def test_call_that_closes_its_own_scratch_harms_no_other(node: ServedNode) -> None:
+    def close_all() -> None:
+        import os
+
+        for path in (os.environ["HOME"], os.path.dirname(os.environ["HOME"])):
+            os.chmod(path, 0)
+        for number in range(300):
+            os.mkdir(f"{os.environ['HOME']}/{number}", 0o300)
+        raise ValueError("my own words")
+
+    def work() -> str:
+        import os
+        import time
+
+        time.sleep(0.5)
+        with open(os.environ["HOME"] + "/file", "w") as file:
+            file.write("text")
+        return "worked"
+
+    beside = node.begin_inside(work)
+    hostile = node.begin_inside(close_all)
+    node.finish(beside, hostile)
+    assert beside.value == "worked"
+    assert hostile.failure.kind in (Kind.TOOL_ERROR, Kind.DISK_LIMIT)
+    assert node.inside(work) == "worked"
+
+
 def test_neither_processes_nor_privileges_are_to_be_had(node: ServedNode) -> None:
     def fork() -> None:
         import os
@@ -404,6 +464,32 @@ def test_killed_supervisor_or_warden_leaves_nothing(tmp_path: Path, who: str) ->
         wait_until(lambda: not any(map(is_alive, gone)), "the end of all", timeout_s=5.0)
         if who == "warden":
             assert supervisor.wait(30) == 1
+
+
+def test_what_programs_started_goes_with_a_warden_that_is_killed(make_node: NodeMaker) -> None:
+    def start(comm: str) -> None:
+        import ctypes
+        import os
+        import time
+
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                ctypes.CDLL(None).prctl(15, comm.encode(), 0, 0, 0)
+                time.sleep(1000)
+            os._exit(0)
+        time.sleep(1000)
+
+    comm = f"atp-c-k-{os.getpid() % 100000}"
+    node = make_node(toolkit_text(), isolation=CONTAINER, programs=True, concurrency=1)
+    ticket = node.begin_inside(start, comm)
+    node.until(lambda: processes_named(comm), "the process to be seen from outside")
+    (grandchild,) = processes_named(comm)
+    group = os.getpgid(grandchild)
+    os.kill(read_status(group).parent_pid, signal.SIGKILL)
+    node.finish(ticket)
+    assert ticket.failure.kind is Kind.CRASHED
+    node.until(lambda: not processes_named(comm), "its end", timeout_s=2.0)
 
 
 def is_alive(pid: int) -> bool:

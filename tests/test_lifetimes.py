@@ -272,3 +272,17 @@ def test_daemon_that_a_tool_left_is_gone_a_second_after_the_call(
     assert ticket.value in ("left a daemon", "may not fork")
     node.until(lambda: not processes_named(comm), "its end", timeout_s=1.0)
     node.assert_healthy()
+
+
+def test_own_words_of_a_tool_that_fails_are_its_answer_with_lifetime_jail(
+    make_node: NodeMaker,
+) -> None:
+    """Its process may end before the warden has told how full its scratch is."""
+
+    def fail() -> None:
+        raise ValueError("my own words")
+
+    node = make_node(toolkit_text(BODY), lifetime="jail")
+    tickets = [node.begin_inside(fail) for _ in range(24)]
+    node.finish(*tickets)
+    assert {ticket.failure.error for ticket in tickets} == {"my own words"}

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import platform
+import shutil
 import signal
 import socket
 import struct
@@ -599,6 +600,58 @@ def test_without_namespaces_there_are_only_socket_pairs(base: Profile) -> None:
     for arguments in [(1, 1, 0), (2, 1, 0), (16, 3, 0)]:
         refused((closed,), partial(call, "socket", *arguments), errno.EACCES)
     assert in_child((closed,), lambda: len(socket.socketpair())) == 2
+
+
+@pytest.mark.parametrize("base", [ZYGOTE, LONE, SUBPROCESS], ids=lambda profile: profile.name)
+def test_without_namespaces_no_pair_leads_elsewhere(base: Profile, tmp_path: Path) -> None:
+    closed = seccomp_profiles.without_namespaces(base, has_signal_scope=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
+        outside.bind(str(tmp_path / "log"))
+
+        def send(kind: int) -> int:
+            return socket.socketpair(socket.AF_UNIX, kind)[0].sendto(b"x", str(tmp_path / "log"))
+
+        assert in_child((base,), lambda: send(socket.SOCK_DGRAM)) == 1
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
+            refused((closed,), partial(send, kind), errno.EAFNOSUPPORT)
+        assert in_child((closed,), lambda: send(socket.SOCK_STREAM)) == errno.EISCONN
+
+
+@pytest.mark.parametrize("base", [ZYGOTE, LONE, SUBPROCESS], ids=lambda profile: profile.name)
+def test_without_namespaces_modes_owners_and_times_stay(base: Profile, tmp_path: Path) -> None:
+    closed = seccomp_profiles.without_namespaces(base, has_signal_scope=True)
+    path = tmp_path / "file"
+    path.touch(mode=0o600)
+    os.utime(path, (1, 1))
+
+    def attempt() -> bool:
+        fd = os.open(path, os.O_RDONLY)
+        os.chmod(path, 0o4777)
+        os.fchmod(fd, 0o4777)
+        os.utime(path)
+        os.utime(fd)
+        shutil.copy(path, tmp_path / "copy")
+        return True
+
+    assert in_child((closed,), attempt) is True
+    assert (path.stat().st_mode & 0o7777, path.stat().st_mtime) == (0o600, 1.0)
+    assert in_child((base,), attempt) is True
+    assert path.stat().st_mode & 0o777 == 0o777
+
+
+def test_without_namespaces_nobody_leaves_the_group_of_processes() -> None:
+    closed = seccomp_profiles.without_namespaces(SUBPROCESS, has_signal_scope=True)
+
+    def leaves() -> bool:
+        pid = os.fork()
+        if pid == 0:
+            before = os.getpgid(0)
+            os.setpgid(0, 0)
+            os._exit(os.getpgid(0) != before)
+        return os.waitpid(pid, 0)[1] != 0
+
+    assert in_child((closed,), leaves) is False
+    assert in_child(FREER, leaves) is True
 
 
 def test_without_namespaces_nobody_outlives_the_warden() -> None:

@@ -121,7 +121,7 @@ def _run(plan: Plan, channel: socket.socket) -> NoReturn:
         _serve(channel, slots, wake_reader, None if plan["reports_all_exits"] else zygote_pid)
     finally:
         if plan["root"] is None:
-            _end_descendants()
+            _end_descendants(zygote_pid)
             slots.close()
     os._exit(0)
 
@@ -135,7 +135,8 @@ def _serve(
     poll.register(channel.fileno(), select.POLLIN)
     poll.register(wake_reader, select.POLLIN)
     while True:
-        ready = {fd for fd, _ in poll.poll()}
+        # A bit of what is to be removed at a time: a tool can make much of it.
+        ready = {fd for fd, _ in poll.poll(0 if slots.tidy() else None)}
         if wake_reader in ready:
             os.read(wake_reader, 4096)
         replies: list[bytes] = []
@@ -194,11 +195,14 @@ def _children_of(pid: int) -> list[int]:
     return found
 
 
-def _end_descendants() -> None:
-    """Without a PID namespace: stop all that came of us, until nothing new does, then kill it.
+def _end_descendants(group: int) -> None:
+    """Without a PID namespace: kill the zygote's group, which its filter lets nobody leave.
 
+    Then, where there is no filter, stop all that came of us until nothing new does, and kill it.
     Whatever is orphaned meanwhile becomes our own child (PR_SET_CHILD_SUBREAPER).
     """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
     stopped: set[int] = set()
     for _ in range(_MOST_PASSES):
         found = _descendants() - stopped

@@ -37,6 +37,8 @@ _DESCRIPTORS_PER_FORK = 2
 def start(plan: dict[str, Any]) -> NoReturn:
     """Confine this process as `plan` says, wait for the supervisor's word, serve; never returns."""
     stdio.attach(plan["output_fd"])
+    if plan["root"] is None:
+        os.setpgid(0, 0)  # with all that comes of it, to be ended at once
     os.environ.clear()
     os.environ.update(plan["env"])
     os.chdir(plan["toolkit_directory"])
@@ -166,6 +168,7 @@ class _Zygote:
         stdio.flush()
         report = json.dumps(registry.report(ended)).encode()
         call.prepare(registry)
+        self._layers.note_directories()
         gc.collect()
         gc.freeze()
         self._send(frames.encode("discovered", report))

@@ -132,6 +132,8 @@ class Group(ABC):
 
         After CgroupError it may have been moved in part: end it.
         """
+        if pid <= 0:  # to the kernel, 0 is whoever writes
+            raise ValueError(f"{pid} is no process")
         number = str(pid).encode("ascii")
         if not self._procs:
             closed = OSError(errno.EBADF, "the group was closed")

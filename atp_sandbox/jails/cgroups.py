@@ -22,8 +22,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
+import time
+from collections.abc import Iterator
 from typing import Self
 
 from atp_sandbox.errors import IsolationError
@@ -52,6 +55,9 @@ _GROUPS: dict[int, type[Group]] = {1: GroupV1, 2: GroupV2}
 _TOP = "atp-sandbox"
 _MAKE_TRIES = 10
 """Another supervisor that ends removes the directory that all share, if it finds it empty."""
+_REMOVED_MEANWHILE = (errno.ENOENT, errno.ENODEV, errno.EEXIST)
+_ALONE_S = 2.0
+"""For others that make or judge groups; each takes milliseconds."""
 _END_S = 2.0
 """From SIGKILL to the last process gone; freeing memory takes about 0.1 s a GiB."""
 
@@ -150,36 +156,65 @@ class CgroupTree:
 
     def _make_root(self, prefix: str) -> Group:
         for _ in range(_MAKE_TRIES):
-            name = f"{prefix}-{secrets.token_hex(4)}"
+            with _alone(self._support):
+                root = self._try_to_make_root(f"{prefix}-{secrets.token_hex(4)}")
+            if root is None:
+                continue
             try:
-                _make_tops(self._support)
-                root = _GROUPS[self._support.version](
-                    {
-                        key: f"{path}/{_TOP}/{name}"
-                        for key, path in self._support.directories.items()
-                    }
-                ).make()
-            except CgroupError as error:
-                if error.errno == errno.ENOENT:
-                    continue
-                raise
-            locks = [lock_directory(f"{top}/{name}") for top in _tops(self._support)]
-            self._locks = [fd for fd in locks if fd is not None]
-            if len(self._locks) == len(locks):
-                try:
-                    root.delegate()
-                except BaseException:
-                    root.remove()
-                    raise
-                return root
-            # `remove_stale` of another supervisor came in between, and is at work on it.
-            for fd in self._locks:
-                os.close(fd)
-            self._locks = []
-            with contextlib.suppress(CgroupError):
+                root.delegate()
+            except BaseException:
                 root.remove()
+                raise
+            return root
         busy = OSError(errno.EBUSY, "others keep removing it")
         raise CgroupError("make", f"{_tops(self._support)[0]}/{prefix}-…", busy)
+
+    def _try_to_make_root(self, name: str) -> Group | None:
+        """None if another supervisor came in between; then nothing of it is left."""
+        try:
+            _make_tops(self._support)
+            root = _GROUPS[self._support.version](
+                {key: f"{path}/{_TOP}/{name}" for key, path in self._support.directories.items()}
+            ).make()
+        except CgroupError as error:
+            if error.errno in _REMOVED_MEANWHILE:
+                return None
+            raise
+        locks = [lock_directory(f"{top}/{name}") for top in _tops(self._support)]
+        self._locks = [fd for fd in locks if fd is not None]
+        if len(self._locks) == len(locks):
+            return root
+        for fd in self._locks:
+            os.close(fd)
+        self._locks = []
+        with contextlib.suppress(CgroupError):
+            root.remove()
+        return None
+
+
+@contextlib.contextmanager
+def _alone(support: CgroupSupport) -> Iterator[None]:
+    """Nobody else makes a tree, or judges which are stale: one being made is not locked yet.
+
+    Whoever may read the directory can hold this lock for ever, so it is waited for only so long;
+    without it, what is being made may be removed, and is made again.
+    """
+    directory = _own_directory(support)
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CgroupError("open", directory, error) from error
+    try:
+        deadline = time.monotonic() + _ALONE_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
 
 
 def remove_stale(support: CgroupSupport) -> list[str]:
@@ -189,12 +224,18 @@ def remove_stale(support: CgroupSupport) -> list[str]:
     process id that is used again nor one of another PID namespace misleads. What cannot be removed
     is left to the next start.
     """
-    tops = _tops(support) if support.is_usable else []
-    removed: list[str] = []
-    for name in sorted({name for top in tops for name in _directories_in(top)}):
+    if not support.is_usable:
+        return []
+    tops = _tops(support)
+    with _alone(support):
         # Judged in each hierarchy by itself: on version 1 another supervisor, alive, may share one
         # of them with us and not the others.
-        locks = {top: fd for top in tops if (fd := lock_directory(f"{top}/{name}")) is not None}
+        stale = {
+            name: {top: fd for top in tops if (fd := lock_directory(f"{top}/{name}")) is not None}
+            for name in sorted({name for top in tops for name in _directories_in(top)})
+        }
+    removed: list[str] = []
+    for name, locks in stale.items():
         try:
             below = {
                 controller: f"{path}/{_TOP}/{name}"
@@ -231,9 +272,10 @@ def _make_tops(support: CgroupSupport) -> None:
 
 def _remove_tops(support: CgroupSupport) -> None:
     """Remove the directory that all supervisors of our group share, if we were the last."""
-    for top in _tops(support):
-        with contextlib.suppress(OSError):
-            os.rmdir(top)
+    with contextlib.suppress(CgroupError), _alone(support):
+        for top in _tops(support):
+            with contextlib.suppress(OSError):
+                os.rmdir(top)
 
 
 def _directories_in(top: str) -> list[str]:

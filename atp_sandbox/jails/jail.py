@@ -28,7 +28,7 @@ from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.inspection import what_is_wrong
 from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
-from atp_sandbox.jails.processes import ProcessHandle, read_children, read_status
+from atp_sandbox.jails.processes import ProcessHandle, descendants, read_children, read_status
 from atp_sandbox.jails.worker import Exited, Worker
 from atp_sandbox.loop import READ, Loop, Timer
 from workers import frames
@@ -124,6 +124,7 @@ class Jail:
         self._resting_bytes = 0
         self._zygote_inner_pid = 0
         self._zygote_pid = 0
+        self._locked_pid = 0
         self._warden_pid = 0
         self._builder_has_spoken = False
         self._warden_handle: ProcessHandle | None = None
@@ -202,23 +203,19 @@ class Jail:
         worker = self._workers.get(number)
         if worker is None or worker.handle is None or worker.exited is not None:
             return Usage(0, 0.0)
+        if worker.group is not None and (cpu_s := worker.group.evidence().cpu_s):
+            return Usage(0, cpu_s)  # and the kernel keeps the limit of memory
+        pids = {worker.handle.pid}
+        if self._spec.may_start_programs:
+            # All that runs in such a jail is of its one call, orphans too.
+            pids |= descendants(self._warden_pid)
         cpu_s, added = 0.0, 0
-        try:
-            if worker.usage is None:
-                worker.usage = psutil.Process(worker.handle.pid)
-            processes = [worker.usage]
-            if self._spec.may_start_programs:
-                # All that runs in such a jail is of its one call, orphans too.
-                processes += psutil.Process(self._warden_pid).children(recursive=True)
-            for process in dict.fromkeys(processes):
-                with contextlib.suppress(psutil.Error):
-                    cpu_s += sum(process.cpu_times()[:4])
-                    # Each begins with what it shares with its zygote.
-                    added += max(0, process.memory_info().rss - self._resting_bytes)
-        except psutil.Error:
-            pass
-        if worker.group is not None:
-            cpu_s = worker.group.evidence().cpu_s or cpu_s
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                cpu_s += sum(process.cpu_times()[:4])
+                # Each begins with what it shares with its zygote.
+                added += max(0, process.memory_info().rss - self._resting_bytes)
         return Usage(added, cpu_s)
 
     def zygote_memory_bytes(self) -> int:
@@ -260,7 +257,11 @@ class Jail:
         self._farewells.add(self._warden_handle, self._give_back)
 
     def _give_back(self) -> None:
-        """Nothing of it runs any more."""
+        """Its warden has ended: nothing of it runs any more."""
+        if not self._spec.isolation.has_namespaces and self._zygote_pid:
+            # But for a warden that was killed before it could see to that.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._zygote_pid, signal.SIGKILL)
         if self._group is not None:
             self._group.close()
         if not self._spec.isolation.has_namespaces:
@@ -339,6 +340,7 @@ class Jail:
         slots = slot_count(self._spec.limits, forks_workers=self._spec.forks_workers)
         for slot in range(FIRST_SLOTS, slots):
             self._warden_channel.send(frames.encode("slot", slot))
+        self._when_both_have_spoken()
 
     def _meet_warden(self, pid: int) -> None:
         if self._warden_handle is None:
@@ -353,7 +355,15 @@ class Jail:
             self._warden_channel.peer_pid = self._warden_pid
 
     def _on_locked(self, pid: int) -> None:
+        """The zygote is confined. What it says may come before what its warden said earlier."""
+        self._locked_pid = pid
+        self._when_both_have_spoken()
+
+    def _when_both_have_spoken(self) -> None:
         """Look at the confined zygote from outside before any foreign code runs in it."""
+        if not self._locked_pid or not self._zygote_inner_pid:
+            return
+        pid = self._locked_pid
         try:
             wrong = what_is_wrong(self._spec, pid, self._outside_id)
         except ProcessLookupError:
@@ -401,13 +411,19 @@ class Jail:
             case "slot_ready":
                 self._on_slot_ready(message[1], message[2])
             case "measured":
-                for one in list(self._workers.values()):
-                    if one.slot == message[1] and one.on_measured:
-                        one.on_measured.pop(0)(message[2])
+                self._on_measured(message[1], message[2])
             case "exited":
                 _, inner_pid, status, cpu_us, peak_kib, left = message
                 exited = Exited(status, cpu_us / 1e6, peak_kib * 1024)
                 self._on_exited(inner_pid, exited, left)
+
+    def _on_measured(self, slot: int, is_full: bool) -> None:
+        for worker in list(self._workers.values()):
+            if worker.slot == slot and worker.on_measured:
+                worker.on_measured.pop(0)(is_full)
+                if worker.is_zygote and worker.exited is not None and not worker.on_measured:
+                    self._forget(worker, worker.exited)
+                    self._end(_describe_exit("its zygote", worker.exited.status))
 
     def _on_exited(self, inner_pid: int, exited: Exited, left: list[int]) -> None:
         if inner_pid == self._zygote_inner_pid:
@@ -416,6 +432,9 @@ class Jail:
             for one in list(self._workers.values()):
                 if one.inner_pid == inner_pid and one.channel is not None:
                     one.channel.read_now()
+                    if one.on_measured:
+                        one.exited = exited  # word of its scratch is on its way
+                        return
                     self._forget(one, exited)
             self._end(_describe_exit("its zygote", exited.status))
             return
@@ -542,10 +561,10 @@ class Jail:
         self._phase = Phase.SERVING
         try:
             threads = read_status(pid).threads
-            strays = read_children(self._warden_pid) - {pid}
+            strays = (read_children(self._warden_pid) | read_children(pid)) - {pid}
         except ProcessLookupError:
             return  # the warden will say how it ended
-        if strays and not self._may_hold_strays:
+        if strays and self._spec.isolation.is_confined:
             self._end(_STRAY)
             return
         self._listener.jail_discovered(self, report, threads)

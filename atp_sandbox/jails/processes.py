@@ -100,6 +100,18 @@ def read_children(pid: int) -> set[int]:
     return found
 
 
+def descendants(pid: int) -> set[int]:
+    """Process ids of all that came of `pid` and lives, but for what was orphaned elsewhere."""
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        with contextlib.suppress(ProcessLookupError):
+            new = read_children(waiting.pop()) - found
+            found |= new
+            waiting += new
+    return found
+
+
 class ProcessHandle:
     """A process by descriptor (pidfd_open(2)), so that a reused number is never hit. Owns it."""
 

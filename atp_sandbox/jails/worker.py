@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
-
 from atp_sandbox.jails.cgroups import CallEvidence, CallGroup
 from atp_sandbox.jails.channel import Channel
 from atp_sandbox.jails.output import OutputPipe
@@ -38,7 +36,6 @@ class Worker:
         self.handle: ProcessHandle | None = None
         self.inner_pid = 0
         self.group: CallGroup | None = None
-        self.usage: psutil.Process | None = None
         self.is_gone = False
         """It spoke, and had ended before it could be identified."""
         self.exited: Exited | None = None

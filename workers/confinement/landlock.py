@@ -233,6 +233,11 @@ class WorkerLayer:
             os.close(slot_fd)
             self.close()
 
+    @property
+    def descriptors(self) -> list[int]:
+        """What is held until a worker enters."""
+        return self._descriptors
+
     def close(self) -> None:
         """Give up the descriptors; safe to call twice."""
         _close(self._descriptors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from .seccomp_rules import Profile
 
 _ABI_WITH_TRUNCATE = 3
 _ABI_WITH_SCOPES = 6
+_NOTHING = 0
+"""Standard input, which is /dev/null."""
 _BASES = {
     base.name: base
     for base in (seccomp_profiles.ZYGOTE, seccomp_profiles.LONE, seccomp_profiles.SUBPROCESS)
@@ -42,6 +45,16 @@ class WorkerLayers(NamedTuple):
     files: landlock.WorkerLayer | None
     calls: seccomp.Prepared | None
     landlock_abi: int
+    directories: list[int]
+    """Descriptors that the import left open; they would lead a worker out of its view."""
+
+    def note_directories(self) -> None:
+        """To be called once the import is over."""
+        ours = self.files.descriptors if self.files is not None else []
+        for name in os.listdir("/dev/fd") if self.places.has_views else []:
+            fd = int(name)
+            if fd not in ours and _is_directory(fd):
+                self.directories.append(fd)
 
     def enter(self, slot: int) -> None:
         """Confine this worker, which has one thread, to scratch `slot`. OSError: it must end."""
@@ -53,6 +66,8 @@ class WorkerLayers(NamedTuple):
         if view is not None:
             _change_root(view)
             privileges.drop_last_capability()
+            for fd in self.directories:
+                os.dup2(_NOTHING, fd, inheritable=False)
         if self.files is not None:
             self.files.enter(self.places.inside(slot))
             # Its own Landlock domain keeps its neighbours from tracing it; it may look at itself.
@@ -74,7 +89,7 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     places = scratch.Places.of(plan)
     has_namespaces = plan["root"] is not None
     if not plan["is_confined"]:
-        return WorkerLayers(places, has_namespaces, False, None, None, 0)
+        return WorkerLayers(places, has_namespaces, False, None, None, 0, [])
     _step("resource_limits", privileges.set_resource_limits, plan["rlimits"])
     _step("capabilities", privileges.drop_capabilities, may_change_root=places.has_views)
     if not has_namespaces:
@@ -85,7 +100,7 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     if plan["landlock"] is not None:
         abi, files = _restrict_files(plan, places)
     calls = _filter_calls(plan["seccomp"], abi) if plan["seccomp"] is not None else None
-    return WorkerLayers(places, has_namespaces, True, files, calls, abi)
+    return WorkerLayers(places, has_namespaces, True, files, calls, abi, [])
 
 
 def _restrict_files(
@@ -119,6 +134,8 @@ def _filter_calls(wanted: dict[str, Any], abi: int) -> seccomp.Prepared | None:
     base, worker = _BASES[wanted["base"]], None
     if not wanted["sockets"]:
         base = seccomp_profiles.without_namespaces(base, has_signal_scope=abi >= _ABI_WITH_SCOPES)
+        if abi < _ABI_WITH_TRUNCATE:
+            base = seccomp_profiles.without_truncate(base)
     if wanted["base"] == seccomp_profiles.ZYGOTE.name:
         profile = seccomp_profiles.WORKER
         if abi < _ABI_WITH_TRUNCATE:
@@ -129,6 +146,13 @@ def _filter_calls(wanted: dict[str, Any], abi: int) -> seccomp.Prepared | None:
     _step("seccomp", seccomp.install, seccomp.compile_profile(base, syscalls.MACHINE))
     _step("seccomp", seccomp.verify, base, 1)
     return worker
+
+
+def _is_directory(fd: int) -> bool:
+    try:
+        return stat.S_ISDIR(os.fstat(fd).st_mode)
+    except OSError:  # the one that listed them, which is closed by now
+        return False
 
 
 def _change_root(view: str) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Union
 
 from . import syscalls
@@ -22,10 +24,14 @@ _VIEWS = "/slots"
 _IN_VIEW = "/scratch/1"
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOST_OPEN = 64
-"""Directories that wait at once for being measured; what is beyond them is not."""
-_MOST_PASSES = 10_000
+_MOST_OPEN = 128
+"""Directories that wait at once for being measured; more count as too much."""
+_MOST_PASSES = 1_000_000
 """Over a tree that is removed: as many as it has levels, if nobody adds any."""
+_STEPS_AT_ONCE = 256
+"""Of a removal, between two looks at what else there is to do; about a millisecond."""
+_CLOSE_S = 5.0
+"""For removing what is left at the end."""
 
 
 class Places(NamedTuple):
@@ -86,6 +92,10 @@ class MountedSlots:
         usage = os.statvfs(self._places.outside(slot))
         return usage.f_bfree == 0 or usage.f_ffree == 0
 
+    def tidy(self) -> bool:
+        """There is never anything left to remove."""
+        return False
+
     def close(self) -> None:
         """The mounts go with their namespace."""
 
@@ -105,7 +115,8 @@ class PlainSlots:
     """The slots of a toolkit without namespaces: directories in one that the builder made.
 
     Whoever writes in them may still be alive and has our user id, so nothing is reached by a path:
-    each directory is opened without following links, and worked on through its descriptor.
+    each directory is opened without following links, and worked on through its descriptor. Nothing
+    that a tool makes of its slot is an error of ours.
     """
 
     def __init__(self, plan: dict[str, Any]) -> None:
@@ -113,25 +124,60 @@ class PlainSlots:
         self._places = Places.of(plan)
         self._bytes, self._files = scratch["bytes"], scratch["files"]
         self._made: set[int] = set()
+        self._removals: list[Iterator[None]] = []
 
     def prepare(self) -> None:
         """The import's slot."""
         self.renew(IMPORT_SLOT)
 
     def renew(self, slot: int) -> None:
-        """Give `slot` a fresh, empty directory; what was there is removed."""
+        """Give `slot` a fresh, empty directory; what was there is moved aside, to be removed."""
         path = self._places.outside(slot)
         if slot in self._made:
-            _remove_tree(self._places.directory, str(slot))
+            self._discard(slot)
         os.mkdir(path, 0o700)
         self._made.add(slot)
 
     def is_full(self, slot: int) -> bool:
-        """Whether it holds more than it may, as far as it can be read."""
+        """Whether it holds more than it may; also if it cannot be looked through."""
         if slot not in self._made:
             return False
+        try:
+            return self._is_over(self._places.outside(slot))
+        except OSError:  # whose is it, if not a tool's that has something to hide?
+            return True
+
+    def tidy(self) -> bool:
+        """Remove a bit of what was moved aside; whether there is more."""
+        if self._removals:
+            for _ in range(_STEPS_AT_ONCE):
+                try:
+                    next(self._removals[-1])
+                except (StopIteration, OSError):  # done, or somebody is at work in it: left
+                    self._removals.pop()
+                    break
+        return bool(self._removals)
+
+    def close(self) -> None:
+        """Remove every slot, now that nobody writes there any more; what takes too long is left."""
+        for slot in self._made:
+            self._discard(slot)
+        self._made.clear()
+        deadline = time.monotonic() + _CLOSE_S
+        while self.tidy() and time.monotonic() < deadline:
+            pass
+
+    def _discard(self, slot: int) -> None:
+        aside = os.urandom(16).hex()
+        try:
+            os.rename(self._places.outside(slot), f"{self._places.directory}/{aside}")
+        except FileNotFoundError:
+            return
+        self._removals.append(_remove_tree(self._places.directory, aside))
+
+    def _is_over(self, path: str) -> bool:
         size, files = 0, 0
-        waiting = [os.open(self._places.outside(slot), _OPEN_DIRECTORY)]
+        waiting = [_open_own(path)]
         try:
             while waiting:
                 fd = waiting.pop()
@@ -142,28 +188,18 @@ class PlainSlots:
                             continue
                         files += 1
                         size += status.st_blocks * 512
-                        if files >= self._files or size >= self._bytes:
+                        is_directory = stat.S_ISDIR(status.st_mode)
+                        too_many = is_directory and len(waiting) >= _MOST_OPEN
+                        if files >= self._files or size >= self._bytes or too_many:
                             return True
-                        if stat.S_ISDIR(status.st_mode) and len(waiting) < _MOST_OPEN:
-                            try:
-                                waiting.append(os.open(name, _OPEN_DIRECTORY, dir_fd=fd))
-                            except OSError:  # it has gone, or is closed even to its owner
-                                continue
+                        if is_directory:
+                            waiting.append(_open_own(name, fd))
                 finally:
                     os.close(fd)
         finally:
             for fd in waiting:
                 os.close(fd)
         return False
-
-    def close(self) -> None:
-        """Remove every slot, once nobody writes there any more."""
-        for slot in self._made:
-            try:
-                _remove_tree(self._places.directory, str(slot))
-            except OSError:  # the directory is the supervisor's to remove, which then says so
-                continue
-        self._made.clear()
 
 
 Slots = Union[MountedSlots, PlainSlots]
@@ -176,11 +212,14 @@ def _status(name: str, directory_fd: int) -> os.stat_result | None:
         return None
 
 
-def _remove_tree(parent: str, name: str) -> None:
-    """Remove a directory of any depth: each level is moved up to the top before it is emptied."""
+def _remove_tree(parent: str, name: str) -> Iterator[None]:
+    """Remove a directory of any depth, a bit with each `next`; OSError if somebody is in the way.
+
+    Each level is moved up to the top before it is emptied.
+    """
     parent_fd = os.open(parent, _OPEN_DIRECTORY)
     try:
-        top = _open_own(name, parent_fd)
+        top = _open_to_empty(name, parent_fd)
         try:
             for _ in range(_MOST_PASSES):
                 names = os.listdir(top)
@@ -188,7 +227,8 @@ def _remove_tree(parent: str, name: str) -> None:
                     break
                 for entry in names:
                     if not _unlink(entry, top):
-                        _move_children(entry, top)
+                        yield from _move_children(entry, top)
+                    yield
         finally:
             os.close(top)
         os.rmdir(name, dir_fd=parent_fd)
@@ -196,14 +236,15 @@ def _remove_tree(parent: str, name: str) -> None:
         os.close(parent_fd)
 
 
-def _move_children(name: str, top: int) -> None:
+def _move_children(name: str, top: int) -> Iterator[None]:
     """Remove the directory `name` of `top`; its own directories go to `top` under new names."""
-    fd = _open_own(name, top)
+    fd = _open_to_empty(name, top)
     try:
         for child in os.listdir(fd):
             if not _unlink(child, fd):
-                os.close(_open_own(child, fd))
+                os.close(_open_to_empty(child, fd))
                 os.rename(child, os.urandom(16).hex(), src_dir_fd=fd, dst_dir_fd=top)
+            yield
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=top)
@@ -220,17 +261,22 @@ def _unlink(name: str, directory_fd: int) -> bool:
     return True
 
 
-def _open_own(name: str, directory_fd: int) -> int:
-    """Open a directory of ours, and make it one that can be emptied and moved."""
+def _open_own(name: str, directory_fd: int | None = None) -> int:
+    """Open a directory of ours, also one whose mode is closed to its own owner."""
     try:
-        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
-    except PermissionError:  # its mode is closed to its own owner
+        return os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
+    except PermissionError:
         path_fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory_fd)
         try:
             os.chmod(f"/proc/self/fd/{path_fd}", 0o700)
         finally:
             os.close(path_fd)
-        fd = os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
+        return os.open(name, _OPEN_DIRECTORY, dir_fd=directory_fd)
+
+
+def _open_to_empty(name: str, directory_fd: int) -> int:
+    """As above, and make it one that can be emptied and moved."""
+    fd = _open_own(name, directory_fd)
     if os.fstat(fd).st_mode & 0o700 != 0o700:
         os.fchmod(fd, 0o700)
     return fd

@@ -30,6 +30,8 @@ from .seccomp_rules import (
     when,
 )
 
+_DONE = fails_with(0)
+"""Skips the call and says that it worked."""
 _EACCES = fails_with(errno.EACCES)
 _EINVAL = fails_with(errno.EINVAL)
 _EAFNOSUPPORT = fails_with(errno.EAFNOSUPPORT)
@@ -583,11 +585,51 @@ WORKER = Profile(
 def without_namespaces(base: Profile, *, has_signal_scope: bool) -> Profile:
     """`base` for a toolkit without namespaces of its own: this machine is what they would hide.
 
-    No sockets but pairs, and no way out of dying with the warden. Without Landlock's scope for
-    signals (ABI 6), none to anybody: which process an id names, a filter cannot see.
+    No sockets but pairs that lead nowhere else, nothing that Landlock has no right for, no way out
+    of its group of processes or of dying with the warden. Without Landlock's scope for signals
+    (ABI 6), none to anybody: which process an id names, a filter cannot see.
     """
     closed = [
         Group("no sockets", "They would be the machine's own network.", "socket", _EACCES),
+        Group(
+            "no addresses",
+            "Datagram and raw pairs could send to any path, such as /dev/log.",
+            "connect bind listen accept accept4",
+            _EACCES,
+        ),
+        Group(
+            "stream pairs alone",
+            "SOCK_STREAM and SOCK_SEQPACKET, which stay with the peer they have.",
+            "socketpair",
+            _EAFNOSUPPORT,
+            (when(ALLOW, equals(0, 1), equals(1, 1, 5, mask=~0x80800)),),
+        ),
+        Group(
+            "modes, owners and times",
+            "Landlock has no right for them, and files of the machine may belong to our user. Told "
+            "that it worked, without effect, since every copy of a file sets its mode.",
+            "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes futimesat "
+            "utimensat",
+            _DONE,
+        ),
+        Group(
+            "group of processes",
+            "All that came of a zygote is ended by it. Told that it worked, for Popen's sake.",
+            "setsid setpgid",
+            _DONE,
+        ),
+        Group(
+            "reserved space",
+            "A gigabyte in a moment, where no tmpfs bounds it; C libraries then write instead.",
+            "fallocate",
+            fails_with(errno.EOPNOTSUPP),
+        ),
+        Group(
+            "file watches",
+            "They tell names in directories that cannot be read.",
+            "inotify_add_watch",
+            _EACCES,
+        ),
         Group("no root of its own", "There are no views here.", _OWN_ROOT, EPERM),
     ]
     if not has_signal_scope:
