@@ -38,8 +38,8 @@ _CALL_ID_BYTES = 16
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 30.0
 _STABLE_S = 10.0
-_SCRATCH_LOOK_S = 0.5
-"""Between two looks at scratch that the kernel does not limit."""
+_SLOW_LOOK_S = 0.5
+"""Between two looks at scratch that the kernel does not limit, and at a zygote that serves."""
 
 
 class State(Enum):
@@ -114,7 +114,7 @@ class ServedToolkit:
         self._import_timer: Timer | None = None
         self._restart_s = _FIRST_RESTART_S
         self._launched_at = 0.0
-        self._next_scratch_look = 0.0
+        self._next_slow_look = 0.0
 
     # -- for the node ------------------------------------------------------------------------------
 
@@ -174,14 +174,11 @@ class ServedToolkit:
                     )
                 )
             return
-        if self._cgroups is None and self._zygote_memory_bytes() > most + RESTING_BYTES:
-            # Nobody else counts what it takes for itself while it serves.
-            assert self._main is not None
-            self._main.end("its zygote used more memory than it may")
-            return
-        if not self.settings.isolation.has_namespaces:
-            self._watch_scratch()
         limits, now = self.settings.limits, self._loop.now()
+        if now >= self._next_slow_look:
+            self._next_slow_look = now + _SLOW_LOOK_S
+            if not self._watch_slowly():
+                return
         has_groups, may_start = self._cgroups is not None, self.settings.may_start_programs
         if has_groups and limits.cpu_s is None and not may_start:
             return
@@ -201,15 +198,18 @@ class ServedToolkit:
     def _zygote_memory_bytes(self) -> int:
         return 0 if self._main is None else self._main.zygote_memory_bytes()
 
-    def _watch_scratch(self) -> None:
-        """Where scratch is a plain directory, the warden is asked now and then how full it is."""
-        now = self._loop.now()
-        if now < self._next_scratch_look:
-            return
-        self._next_scratch_look = now + _SCRATCH_LOOK_S
-        for number, _ in list(self._pool.running_workers()):
-            seen = partial(self._on_scratch_seen, number, self._pool.call_of(number))
-            self._jail_of(number).measure_scratch(number, seen)
+    def _watch_slowly(self) -> bool:
+        """What the kernel does not limit here, and what grows at rest; False if the jail ended."""
+        most = self.settings.limits.memory_bytes + RESTING_BYTES
+        if self._main is not None and self._cgroups is None and self._zygote_memory_bytes() > most:
+            # Nobody else counts what it takes for itself while it serves.
+            self._main.end("its zygote used more memory than it may")
+            return False
+        if not self.settings.isolation.has_namespaces:
+            for number, _ in list(self._pool.running_workers()):
+                seen = partial(self._on_scratch_seen, number, self._pool.call_of(number))
+                self._jail_of(number).measure_scratch(number, seen)
+        return True
 
     def _on_scratch_seen(self, number: int, call: pool.Call | None, is_full: bool) -> None:
         if is_full and self._pool.call_of(number) is call:

@@ -182,7 +182,8 @@ def test_nothing_but_scratch_can_be_written(node: ServedNode, tmp_path: Path) ->
         open(path, "w").close()
 
     tmp_path.chmod(0o777)
-    for path in ("kit.py", "new", "/tmp/new", "/dev/shm/new", str(tmp_path / "new")):
+    name = f"atp-new-{os.getpid()}"
+    for path in ("kit.py", name, f"/tmp/{name}", f"/dev/shm/{name}", str(tmp_path / name)):
         refused(node, attempt, path)
     assert list(tmp_path.iterdir()) == []
 
@@ -466,23 +467,30 @@ def test_killed_supervisor_or_warden_leaves_nothing(tmp_path: Path, who: str) ->
             assert supervisor.wait(30) == 1
 
 
-def test_what_programs_started_goes_with_a_warden_that_is_killed(make_node: NodeMaker) -> None:
-    def start(comm: str) -> None:
-        import ctypes
-        import os
-        import time
+def leave_grandchild(comm: str, seconds: float) -> str:
+    """A process in a session of its own, as far as it can have one, that goes on for ever."""
+    import ctypes
+    import os
+    import subprocess
+    import time
 
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
         if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                ctypes.CDLL(None).prctl(15, comm.encode(), 0, 0, 0)
-                time.sleep(1000)
-            os._exit(0)
-        time.sleep(1000)
+            ctypes.CDLL(None).prctl(15, comm.encode(), 0, 0, 0)
+            os.write(writer, b"x")
+            time.sleep(1000)
+        os._exit(0)
+    os.read(reader, 1)
+    time.sleep(seconds)
+    return subprocess.check_output("echo program", shell=True, text=True)
 
+
+def test_what_programs_started_goes_with_a_warden_that_is_killed(make_node: NodeMaker) -> None:
     comm = f"atp-c-k-{os.getpid() % 100000}"
     node = make_node(toolkit_text(), isolation=CONTAINER, programs=True, concurrency=1)
-    ticket = node.begin_inside(start, comm)
+    ticket = node.begin_inside(leave_grandchild, comm, 1000)
     node.until(lambda: processes_named(comm), "the process to be seen from outside")
     (grandchild,) = processes_named(comm)
     group = os.getpgid(grandchild)
@@ -492,32 +500,17 @@ def test_what_programs_started_goes_with_a_warden_that_is_killed(make_node: Node
     node.until(lambda: not processes_named(comm), "its end", timeout_s=2.0)
 
 
+def test_programs_may_be_started_and_end_with_their_call(make_node: NodeMaker) -> None:
+    comm = f"atp-c-p-{os.getpid() % 100000}"
+    node = make_node(toolkit_text(), isolation=CONTAINER, programs=True)
+    ticket = node.begin_inside(leave_grandchild, comm, 0.0)
+    node.finish(ticket)
+    assert ticket.value == "program\n"
+    node.until(lambda: not processes_named(comm), "its end", timeout_s=2.0)
+
+
 def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def test_programs_may_be_started_and_end_with_their_call(make_node: NodeMaker) -> None:
-    def leave(comm: str) -> str:
-        import os
-        import subprocess
-        import time
-
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                import ctypes
-
-                ctypes.CDLL(None).prctl(15, comm.encode(), 0, 0, 0)
-                time.sleep(1000)
-            os._exit(0)
-        return subprocess.check_output("echo program", shell=True, text=True)
-
-    comm = f"atp-c-p-{os.getpid() % 100000}"
-    node = make_node(toolkit_text(), isolation=CONTAINER, programs=True)
-    ticket = node.begin_inside(leave, comm)
-    node.finish(ticket)
-    assert ticket.value == "program\n"
-    node.until(lambda: not processes_named(comm), "its end", timeout_s=2.0)

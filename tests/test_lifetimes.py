@@ -286,3 +286,19 @@ def test_own_words_of_a_tool_that_fails_are_its_answer_with_lifetime_jail(
     tickets = [node.begin_inside(fail) for _ in range(24)]
     node.finish(*tickets)
     assert {ticket.failure.error for ticket in tickets} == {"my own words"}
+
+
+def test_memory_limit_is_named_with_lifetime_jail(make_node: NodeMaker) -> None:
+    """There the kernel ends the zygote itself; that it was for memory is in its group's count."""
+
+    def take() -> int:
+        import time
+
+        kept = bytearray(b"x") * (300 * 1024 * 1024)
+        time.sleep(5)
+        return len(kept)
+
+    node = make_node(toolkit_text(BODY), lifetime="jail", memory_bytes=64 * 1024 * 1024)
+    ticket = node.begin_inside(take)
+    node.finish(ticket)
+    assert ticket.failure.kind is Kind.MEMORY_LIMIT

@@ -24,10 +24,10 @@ class Farewells:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._ending: dict[ProcessHandle, tuple[Timer, Callable[[], None]]] = {}
+        self._ending: dict[ProcessHandle, tuple[Timer, Callable[[int], None]]] = {}
 
-    def add(self, handle: ProcessHandle, then: Callable[[], None]) -> None:
-        """Take over `handle`, reap its process once it has ended, and call `then`."""
+    def add(self, handle: ProcessHandle, then: Callable[[int], None]) -> None:
+        """Take over `handle`, reap its process once it has ended, and give `then` its status."""
         timer = self._loop.call_later(PATIENCE_S, handle.kill)
         self._ending[handle] = (timer, then)
         self._loop.watch(handle.fileno(), READ, lambda _events: self._conclude(handle))
@@ -44,6 +44,6 @@ class Farewells:
         timer, then = self._ending.pop(handle)
         timer.cancel()
         self._loop.unwatch(handle.fileno())
-        os.waitpid(handle.pid, 0)
+        _, status = os.waitpid(handle.pid, 0)
         handle.close()
-        then()
+        then(status)

@@ -248,7 +248,7 @@ class Jail:
         self._reap_builder()
         self._workers.clear()
         if self._warden_handle is None:
-            self._give_back()
+            self._give_back(0)
             return
         self._loop.unwatch(self._warden_handle.fileno())
         if self._spec.isolation.has_namespaces:
@@ -256,10 +256,12 @@ class Jail:
         # Else it has been hung up on, and ends what came of it, as the kernel does for a namespace.
         self._farewells.add(self._warden_handle, self._give_back)
 
-    def _give_back(self) -> None:
-        """Its warden has ended: nothing of it runs any more."""
-        if not self._spec.isolation.has_namespaces and self._zygote_pid:
-            # But for a warden that was killed before it could see to that.
+    def _give_back(self, warden_status: int) -> None:
+        """Its warden has ended with this wait status: nothing of it runs any more."""
+        was_killed = os.WIFSIGNALED(warden_status)
+        if not self._spec.isolation.has_namespaces and was_killed and self._zygote_pid:
+            # Before it could see to that. One that could has reaped the zygote, whose number may be
+            # somebody else's by now.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._zygote_pid, signal.SIGKILL)
         if self._group is not None:
@@ -432,6 +434,8 @@ class Jail:
             for one in list(self._workers.values()):
                 if one.inner_pid == inner_pid and one.channel is not None:
                     one.channel.read_now()
+                    if one.group is not None:
+                        exited = replace(exited, counted=one.group.evidence())
                     if one.on_measured:
                         one.exited = exited  # word of its scratch is on its way
                         return
