@@ -41,6 +41,8 @@ MAX_PROCESSES = 4_096
 """Threads of one call; more is a mistake on any machine that this runs on."""
 MAX_FILES = 1_000_000
 """Files of one call, each a kernel object in memory."""
+MAX_CONNECTIONS = 4_096
+"""Of one jail at once; each is four descriptors of the egress process."""
 MAX_QUEUE = 1_000_000
 """Each waiting call is held in our memory."""
 MAX_SHOWN_CHARS = 60
@@ -138,6 +140,12 @@ def _path(value: str) -> str:
 
 def _ws_path(value: str) -> str:
     if value not in ("0.1", "0.2"):
+        raise _Rule()
+    return value
+
+
+def _auth(value: str) -> str:
+    if value not in ("pass", "inject"):
         raise _Rule()
     return value
 
@@ -240,9 +248,20 @@ class LimitsModel(_Table):
         'a list of layers, of "cgroup", "landlock" and "seccomp"'
     )
     subprocess: bool | None = _from("true or false")
+    egress_connections: Annotated[int, Field(ge=1, le=MAX_CONNECTIONS)] | None = _from(
+        f"a whole number from 1 to {MAX_CONNECTIONS:,}"
+    )
+    egress_bytes: Output | None = _from(_A_SIZE)
+    egress_idle: Time | None = _from(_A_TIME)
 
 
 class ToolkitModel(LimitsModel):
+    egress: list[str] = Field(default=[], description='a list of hosts, ["api.example.com:443", …]')
+    private_ok: list[str] = Field(default=[], description='a list of hosts, ["db.internal", …]')
+    auth: Annotated[str, AfterValidator(_auth)] | None = _from('"pass" or "inject"')
+    auth_hosts: dict[str, list[str]] = Field(
+        default={}, description='a table of lists, { PROVIDER = ["api.example.com"] }'
+    )
     path: FilePath = Field(description=_A_PATH)
     data: list[FilePath] = Field(default=[], description='a list of paths, ["a.csv", …]')
     env: dict[EnvName, EnvValue] = Field(

@@ -19,6 +19,7 @@ from atp_sandbox import log
 from atp_sandbox.errors import SandboxError, UsageError
 from atp_sandbox.isolation import Isolation, parse_level, parse_waived
 from atp_sandbox.limits import Limits
+from atp_sandbox.policy import policy_of
 from atp_sandbox.settings import (
     BackendSettings,
     ServeSettings,
@@ -39,8 +40,10 @@ class ToolKitClient:
 
     `api_key`, `app_name` and `base_url` as in the SDK's documentation. Only by keyword: `limits`
     and `lifetime` (`call`, `calls:N`, `jail`) of the calls; `isolation` (`strict`, `container`,
-    `none`) and the layers to `waive` by name; `env`, the environment of the jail, not
-    for secrets; `data`, files and folders that the script needs beside itself; `ws_path`, `0.1` or
+    `none`) and the layers to `waive` by name; `egress`, the hosts that tools may reach
+    (`api.example.com:443`), those of them that are `private_ok`, and for which providers the token
+    is put in outside the jail (`inject`, provider to hosts); `env`, the environment of the jail,
+    not for secrets; `data`, files and folders that the script needs beside itself; `ws_path`, `0.1` or
     `0.2`; `state_dir`.
     """
 
@@ -54,6 +57,9 @@ class ToolKitClient:
         lifetime: str = "call",
         isolation: str = "strict",
         waive: Sequence[str] = (),
+        egress: Sequence[str] = (),
+        private_ok: Sequence[str] = (),
+        inject: Mapping[str, Sequence[str]] | None = None,
         env: Mapping[str, str] | None = None,
         data: Sequence[str | Path] = (),
         ws_path: str = "0.2",
@@ -69,6 +75,7 @@ class ToolKitClient:
         self._limits = limits or Limits()
         self._lifetime = parse_lifetime(lifetime)
         self._isolation = Isolation(parse_level(isolation), parse_waived(waive))
+        self._egress = policy_of(egress, private_ok, inject)
         self._env = dict(env or {})
         self._data = tuple(Path(path) for path in data)
         self._state_dir = state_dir
@@ -161,6 +168,7 @@ class ToolKitClient:
                 limits=self._limits,
                 lifetime=self._lifetime,
                 isolation=self._isolation,
+                egress=self._egress,
             )
             state_dir = self._state_dir or default_state_dir(os.environ, os.geteuid())
             settings = ServeSettings((toolkit,), self._backend, Path(state_dir))

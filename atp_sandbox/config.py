@@ -19,6 +19,7 @@ from atp_sandbox import log
 from atp_sandbox.errors import UsageError
 from atp_sandbox.isolation import Isolation, Level
 from atp_sandbox.limits import MIB, Limits
+from atp_sandbox.policy import EgressLimits, EgressPolicy, policy_of
 from atp_sandbox.settings import BackendSettings, Lifetime, LifetimeKind, ToolkitSettings
 
 if TYPE_CHECKING:
@@ -156,7 +157,27 @@ def _toolkit(
             _said(model.waive, _said(defaults.waive, frozenset())),
         ),
         may_start_programs=subprocess,
+        egress=_egress(model, defaults),
     )
+
+
+def _egress(model: ToolkitModel, defaults: LimitsModel) -> EgressPolicy:
+    """ValueError if it contradicts itself."""
+    injects = model.auth == "inject"
+    if injects is not bool(model.auth_hosts):
+        raise ValueError(
+            'auth = "inject" and auth-hosts = { PROVIDER = ["HOST"] } go together: '
+            "the hosts that get the provider's token"
+        )
+    usual = EgressLimits()
+    limits = EgressLimits(
+        connections=_said(
+            model.egress_connections, _said(defaults.egress_connections, usual.connections)
+        ),
+        bytes=_said(model.egress_bytes, _said(defaults.egress_bytes, usual.bytes)),
+        idle_s=_said(model.egress_idle, _said(defaults.egress_idle, usual.idle_s)),
+    )
+    return policy_of(model.egress, model.private_ok, model.auth_hosts, limits)
 
 
 def _limits(model: LimitsModel, otherwise: Limits) -> Limits:

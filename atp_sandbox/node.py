@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from atp_sandbox import log
 from atp_sandbox.discovery import Discovery
+from atp_sandbox.egress.service import Denial, EgressError, EgressService
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
 from atp_sandbox.jails.cgroup_mover import Mover
@@ -24,6 +26,7 @@ from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import SnapshotHold, prune, take_snapshot
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
+from atp_sandbox.policy import Reroute
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ToolkitSettings
 from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch
@@ -43,12 +46,19 @@ class NodeListener(Protocol):
     def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None: ...
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None: ...
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None: ...
+    def connection_denied(self, toolkit: str, denial: Denial) -> None: ...
 
 
 class Node:
     """Owns the toolkits of this machine, their snapshots and the directory jails are built on."""
 
-    def __init__(self, loop: Loop, state_dir: Path, listener: NodeListener) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        state_dir: Path,
+        listener: NodeListener,
+        reroutes: Sequence[Reroute] = (),
+    ) -> None:
         """SandboxError if the state directory cannot be used."""
         prepare(state_dir)
         self._state_dir = state_dir
@@ -61,6 +71,9 @@ class Node:
         self._cgroups: CgroupTree | None = None
         self._mover: Mover | None = None
         self._farewells = Farewells(loop)
+        self._reroutes = reroutes
+        self._egress: EgressService | None = None
+        """Started for the first toolkit whose jails have a network of their own."""
         self._holds: list[SnapshotHold] = []
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
@@ -103,6 +116,7 @@ class Node:
             cgroups,
             self._mover,
             self._farewells,
+            self._provide_egress(isolation),
             self,
         )
         self._toolkits[settings.name] = toolkit
@@ -142,6 +156,8 @@ class Node:
         for toolkit in self._toolkits.values():
             toolkit.close()
         self._farewells.close()
+        if self._egress is not None:
+            self._egress.close()
         for hold in self._holds:
             hold.close()
         self._holds.clear()
@@ -175,6 +191,26 @@ class Node:
             toolkit = self._to_discover.popleft()
             self._discovering.add(toolkit.name)
             toolkit.discover()
+
+    def _provide_egress(self, isolation: Isolation) -> EgressService | None:
+        if not isolation.has_namespaces:
+            return None
+        if self._egress is None:
+            self._egress = EgressService(
+                self._loop,
+                needs_landlock=isolation.has_landlock,
+                reroutes=self._reroutes,
+                on_failed=partial(self._on_egress_failed, isolation),
+                on_denied=self._listener.connection_denied,
+            )
+        return self._egress
+
+    def _on_egress_failed(self, isolation: Isolation, error: EgressError) -> None:
+        """Nothing was served yet, and nothing can be: what is refused could not be told apart."""
+        for toolkit in self._toolkits.values():
+            if toolkit.state is State.DISCOVERING and toolkit.settings.isolation.has_namespaces:
+                failure = SetupFailure("egress", str(error))
+                self._listener.toolkit_failed(toolkit, isolation_error(failure, isolation))
 
     def _provide_cgroups(self, isolation: Isolation) -> None:
         """Control groups for our jails, if they can be made; else what is missing is told."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
+from atp_sandbox.policy import EgressPolicy, Reroute
 
 RESERVED_ENV = frozenset({"ATP_API_KEY"})
 """What toolkits read the key from: a jail gets a placeholder, and no operator may set it."""
@@ -61,9 +62,17 @@ class ToolkitSettings:
     may_start_programs: bool = False
     """Needs lifetime `jail`: no other process of another call is then in reach."""
 
+    egress: EgressPolicy = field(default_factory=EgressPolicy)
+    """What it may reach; nothing by default."""
+
     def __post_init__(self) -> None:
         if self.may_start_programs and self.lifetime.kind is not LifetimeKind.JAIL:
             raise ValueError("subprocess needs the lifetime jail: each call then has its own")
+        if self.egress.allowed and not self.isolation.has_namespaces:
+            raise ValueError(
+                f"egress needs isolation strict: at {self.isolation.level} a toolkit has no "
+                "network of its own in which hosts could be allowed"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +100,6 @@ class ServeSettings:
     backend: BackendSettings
     state_dir: Path
     log_format: str = "text"
+    reroutes: tuple[Reroute, ...] = ()
+    learns_egress: bool = False
+    """Say at the end which lines would allow what was refused."""

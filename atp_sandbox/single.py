@@ -6,16 +6,20 @@ What `call`, `inspect` and `doctor` have in common with `serve` is all of the no
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from atp_sandbox.discovery import Discovery, Tool
+from atp_sandbox.egress.service import Denial
 from atp_sandbox.errors import SandboxError
+from atp_sandbox.learned import Learned
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
 from atp_sandbox.outcome import Outcome
+from atp_sandbox.policy import Reroute
 from atp_sandbox.settings import ToolkitSettings
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
 
@@ -29,7 +33,7 @@ class SingleToolkit:
     SandboxError says why it cannot be. To be used as a context manager.
     """
 
-    def __init__(self, settings: ToolkitSettings) -> None:
+    def __init__(self, settings: ToolkitSettings, reroutes: Sequence[Reroute] = ()) -> None:
         self._state = tempfile.TemporaryDirectory(prefix="atp-sandbox-")
         self._loop = Loop()
         self._discovery: Discovery | None = None
@@ -39,7 +43,8 @@ class SingleToolkit:
         self.lifetime = settings.lifetime
         self.landlock_abi = 0
         self.layers: list[str] = []
-        self._node = Node(self._loop, Path(self._state.name), self)
+        self.learned = Learned({settings.name: settings.egress})
+        self._node = Node(self._loop, Path(self._state.name), self, reroutes)
         try:
             # One call is to come, if any: more processes ahead of need would be for nothing.
             limits = replace(settings.limits, concurrency=1)
@@ -96,6 +101,9 @@ class SingleToolkit:
 
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
         pass  # a client that stops itself is of no account to a single call
+
+    def connection_denied(self, toolkit: str, denial: Denial) -> None:
+        self.learned.note(toolkit, denial.host, denial.port, denial.reason)
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         self._result = (outcome, printed)

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from atp_sandbox import log, routing
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
+from atp_sandbox.egress.service import Denial
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
+from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.node import Node
@@ -47,7 +49,7 @@ class Supervisor:
         self.on_ready = on_ready or (lambda: None)
         """Called in the loop once every link is connected."""
         self._loop = Loop()
-        self._node = Node(self._loop, settings.state_dir, self)
+        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes)
         self._undecided = {toolkit.name for toolkit in settings.toolkits}
         self._discoveries: dict[str, Discovery] = {}
         self._stopped_clients: set[tuple[str, int]] = set()
@@ -61,6 +63,7 @@ class Supervisor:
         self._drain_deadline = 0.0
         self._drain_timer: Timer | None = None
         self._started_at = time.monotonic()
+        self.learned = Learned({t.name: t.egress for t in settings.toolkits})
         self.routes: tuple[routing.Route, ...] = ()
 
     def run(self, *, handle_signals: bool = True) -> int:
@@ -245,6 +248,13 @@ class Supervisor:
             self._loop.call_later(SCRIPT_END_S if self._stopped_clients else 0.0, self._loop.stop)
 
     # -- calls -------------------------------------------------------------------------------------
+
+    def connection_denied(self, toolkit: str, denial: Denial) -> None:
+        if not self._settings.learns_egress:
+            return
+        if self.learned.note(toolkit, denial.host, denial.port, denial.reason):
+            told = "\n".join(self.learned.lines(toolkit))
+            log.emit(log.INFO, "egress_wanted", f"to allow it:\n{told}", toolkit=toolkit)
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         context = call.context

@@ -12,10 +12,13 @@ from enum import Enum, auto
 from functools import partial
 from pathlib import Path
 from typing import Protocol, assert_never
+from weakref import WeakKeyDictionary
 
 from atp_sandbox import log
-from atp_sandbox.confinement.plan import JailSpec, ToolkitView, jail_processes
+from atp_sandbox.confinement.plan import JailSpec, NetworkView, ToolkitView, jail_processes
 from atp_sandbox.discovery import Discovery, Tool, parse_report
+from atp_sandbox.egress.service import EgressService, JailNetwork, with_denials
+from atp_sandbox.egress.tokens import substitute
 from atp_sandbox.errors import SandboxError, ToolkitError
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CallEvidence, CgroupTree
@@ -63,6 +66,8 @@ class NodeCall:
     is_sample: bool = False
     call_id: bytes = b""
     """Random, given when the call is handed to a worker; its answer must carry it."""
+    placeholders: tuple[str, ...] = field(default=(), repr=False)
+    """What its tool got in place of the token, if that is put in outside the jail."""
 
 
 class ToolkitListener(Protocol):
@@ -86,9 +91,13 @@ class ServedToolkit:
         cgroups: CgroupTree | None,
         mover: Mover | None,
         farewells: Farewells,
+        egress: EgressService | None,
         listener: ToolkitListener,
     ) -> None:
-        """`build_dir` is an empty directory, in one where plain scratch directories may be made."""
+        """`build_dir` is an empty directory, in one where plain scratch directories may be made.
+
+        `egress` is None where jails have no network of their own.
+        """
         self._loop = loop
         self.settings = settings
         self.name = settings.name
@@ -98,6 +107,8 @@ class ServedToolkit:
         self._cgroups = cgroups
         self._mover = mover
         self._farewells = farewells
+        self._egress = egress
+        self._networks: WeakKeyDictionary[Jail, JailNetwork] = WeakKeyDictionary()
         self._jails_made = 0
         self._listener = listener
         self._pool = pool.Pool(settings.limits, settings.lifetime)
@@ -420,14 +431,25 @@ class ServedToolkit:
         payload = call.payload
         assert isinstance(payload, NodeCall)
         payload.call_id = secrets.token_bytes(_CALL_ID_BYTES)
-        self._jail_of(number).send_call(
-            number,
-            payload.call_id,
-            payload.tool.index,
-            payload.params,
-            payload.token,
-            payload.is_sample,
+        jail = self._jail_of(number)
+        token = payload.token
+        if token is not None and self.settings.egress.inject:
+            token = self._keep_token(jail, payload, token)
+        jail.send_call(
+            number, payload.call_id, payload.tool.index, payload.params, token, payload.is_sample
         )
+
+    def _keep_token(self, jail: Jail, payload: NodeCall, token: bytes) -> bytes:
+        """What the tool gets instead; the token is put in where its provider is.
+
+        A provider that the operator named no hosts for is nowhere: what a toolkit says of its tools
+        shall not get it a token.
+        """
+        held, stands_for = substitute(token)
+        payload.placeholders = tuple(stands_for)
+        for placeholder, secret in stands_for.items():
+            self._networks[jail].fill(payload.tool.auth_provider or "", placeholder, secret)
+        return held
 
     def _kill(self, number: int) -> None:
         if self.lifetime.kind is not LifetimeKind.JAIL:
@@ -441,8 +463,23 @@ class ServedToolkit:
     def _conclude(self, call: pool.Call, outcome: Outcome, ran_on: int | None) -> None:
         payload = call.payload
         assert isinstance(payload, NodeCall)
-        printed = "" if ran_on is None else self._jail_of(ran_on).take_output(ran_on)
+        printed = ""
+        if ran_on is not None:
+            jail = self._jail_of(ran_on)
+            printed = jail.take_output(ran_on)
+            outcome = self._end_egress(jail, ran_on, payload, outcome)
         self._listener.call_finished(payload, outcome, printed)
+
+    def _end_egress(self, jail: Jail, number: int, payload: NodeCall, outcome: Outcome) -> Outcome:
+        """Its token is worthless from here on; if it failed, it may be for what was refused."""
+        network = self._networks.get(jail)
+        if network is None:
+            return outcome
+        for placeholder in payload.placeholders:
+            network.forget(placeholder)
+        if not isinstance(outcome, Failure):
+            return outcome
+        return with_denials(outcome, network.denied(number, payload.received_at))
 
     def _stop(self, number: int, failure: Failure) -> None:
         self._obey(self._pool.stop_worker(number, failure, self._loop.now()))
@@ -482,9 +519,16 @@ class ServedToolkit:
                 pids_max=jail_processes(limits),
             )
             group.prepare_calls(1 if calls == 1 else limits.concurrency + pool.MAX_AHEAD)
-        return Jail(self._loop, self._spec(), group, self._mover, self._farewells, self)
+        network = None
+        if self._egress is not None:
+            network = self._egress.jail(self.name, self.settings.egress)
+        spec = self._spec(network)
+        jail = Jail(self._loop, spec, group, self._mover, self._farewells, self, network)
+        if network is not None:
+            self._networks[jail] = network
+        return jail
 
-    def _spec(self) -> JailSpec:
+    def _spec(self, network: JailNetwork | None) -> JailSpec:
         snapshot, settings = self._snapshot, self.settings
         directory = self._build_dir
         if not settings.isolation.has_namespaces:
@@ -502,6 +546,9 @@ class ServedToolkit:
             may_start_programs=settings.may_start_programs,
             calls_per_worker=self.lifetime.calls,
             directory=str(directory),
+            network=None
+            if network is None
+            else NetworkView(network.policy, network.ticket(0), network.certificates()),
         )
 
     def _check(self, discovery: Discovery) -> None:

@@ -18,6 +18,7 @@ PRIVATE_NAME = "_atp_jail"
 _MODULES = (
     "confinement.landlock",
     "confinement.layers",
+    "confinement.listeners",
     "confinement.namespaces",
     "confinement.privileges",
     "confinement.root",
@@ -28,6 +29,7 @@ _MODULES = (
     "atp_sdk.clients",
     "discovery",
     "stdio",
+    "proxy",
     "call",
     "zygote",
     "warden",

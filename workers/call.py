@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import frames, stdio
+from . import frames, proxy, stdio
 from .confinement import scratch
 from .discovery import Registration, Registry
 
@@ -51,6 +51,7 @@ def serve(
     output_fd: int,
     number: int,
     slot: int,
+    ticket: str,
 ) -> NoReturn:
     """Be worker `number` for as many calls as planned; never returns.
 
@@ -58,6 +59,7 @@ def serve(
     """
     try:
         channel = _settle(channel_fd, output_fd, scratch.Places.of(plan).inside(slot))
+        proxy.identify(plan["network"], number, ticket)
         try:
             enter(slot)
         except OSError as error:

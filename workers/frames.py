@@ -74,8 +74,9 @@ FROM_WARDEN = {
 }
 TO_ZYGOTE = {
     "go": (),  # the supervisor has verified the confinement: import the toolkit
-    "fork": (INT, INT),  # worker number, slot; with it two descriptors: call channel, output
-    "become": (INT, INT),  # the same, but the zygote itself serves (lifetime "jail")
+    "fork": (INT, INT, STR),
+    # worker number, slot, its ticket at the way out; with it two descriptors: call channel, output
+    "become": (INT, INT, STR),  # the same, but the zygote itself serves (lifetime "jail")
 }
 FROM_ZYGOTE = {
     "refused": (STR, INT, STR),  # step of its confinement, errno, what was attempted

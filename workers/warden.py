@@ -17,7 +17,7 @@ import sys
 from typing import Any, Callable, NoReturn
 
 from . import frames, zygote
-from .confinement import namespaces, privileges, root, scratch, syscalls
+from .confinement import listeners, namespaces, privileges, root, scratch, syscalls
 
 Plan = dict[str, Any]
 _MOST_PASSES = 10_000
@@ -98,6 +98,8 @@ def _run(plan: Plan, channel: socket.socket) -> NoReturn:
         _step("nested_namespaces", namespaces.forbid_nested_user_namespaces)
         _step("hostname", namespaces.name_host, "jail")
         _step("loopback", namespaces.bring_loopback_up)
+        if plan["network"] is not None:
+            _step("network", listeners.bind_and_pass, plan["network"]["ports"], plan["network_fd"])
         _step("pivot_root", root.enter, plan)
         slots = scratch.MountedSlots(plan)
     _step("scratch", slots.prepare)

@@ -24,7 +24,7 @@ import types
 from collections import deque
 from typing import Any, NoReturn
 
-from . import call, frames, stdio
+from . import call, frames, proxy, stdio
 from .atp_sdk import clients
 from .confinement import layers, privileges, syscalls
 from .discovery import registry
@@ -41,6 +41,7 @@ def start(plan: dict[str, Any]) -> NoReturn:
         os.setpgid(0, 0)  # with all that comes of it, to be ended at once
     os.environ.clear()
     os.environ.update(plan["env"])
+    proxy.identify(plan["network"], 0, plan["ticket"])
     os.chdir(plan["toolkit_directory"])
     zygote = _Zygote(plan)
     try:
@@ -122,6 +123,8 @@ class _Zygote:
             sys.modules[name] = module
         site.setquit()  # `exit` and `quit`, which an interpreter without site lacks
         site.sethelper()
+        if plan["network"] is not None:
+            proxy.teach_clients()
         sys.path[:] = [*plan["toolkit_path"], *sys.path, *plan["site_path"]]
         path = os.path.join(plan["toolkit_directory"], plan["entry"])
         sys.argv = [path]
@@ -209,7 +212,7 @@ class _Zygote:
                 self._receive()
 
     def _obey(self, message: frames.Message) -> None:
-        name, number, slot = message[0], message[1], message[2]
+        name, number, slot, ticket = message
         channel_fd, output_fd = (self._descriptors.popleft() for _ in range(_DESCRIPTORS_PER_FORK))
         pid = 0
         if name == "fork":
@@ -223,7 +226,7 @@ class _Zygote:
             os.close(self._wake_reader)
             os.close(self._wake_writer)
             enter = self._layers.enter if name == "fork" else self._layers.enter_alone
-            call.serve(self._plan, registry, enter, channel_fd, output_fd, number, slot)
+            call.serve(self._plan, registry, enter, channel_fd, output_fd, number, slot, ticket)
         os.close(channel_fd)
         os.close(output_fd)
 

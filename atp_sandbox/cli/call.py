@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from atp_sandbox.cli.options import toolkit_options, toolkits_from
+from atp_sandbox.cli.options import reroutes_from, toolkit_options, toolkits_from
 from atp_sandbox.errors import UsageError
 from atp_sandbox.outcome import Failure, outcome_json
 
@@ -52,7 +52,7 @@ def call(
     token = _token(auth_token_env)
     (settings,) = toolkits_from([toolkit], options)
     request = ToolRequest("null", tool, given, json.dumps(given), token)
-    with SingleToolkit(settings) as single:
+    with SingleToolkit(settings, reroutes_from(options)) as single:
         tools = {t.name: ServedTool(settings.name, "", t) for t in single.discovery.registrations}
         outcome: Any = admit(request, tools)
         printed = ""
@@ -61,6 +61,8 @@ def call(
             outcome, printed = single.call(
                 tools[tool].tool, request.params_json.encode(), token_bytes
             )
+    if options["learn_egress"] and (wanted := single.learned.options(settings.name)):
+        click.echo(f"To allow what was refused: {' '.join(wanted)}", err=True)
     if printed:
         click.echo(printed, err=True, nl=not printed.endswith("\n"))
     click.echo(outcome_json(outcome))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from atp_sandbox.cli.options import LIFETIME, toolkit_options, toolkits_from
+from atp_sandbox.cli.options import LIFETIME, reroutes_from, toolkit_options, toolkits_from
 from atp_sandbox.isolation import Isolation, Level, Waivable
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 
@@ -73,7 +73,7 @@ def inspect(
 
     log.configure(level=log.WARNING)
     (settings,) = toolkits_from([toolkit], options)
-    with SingleToolkit(settings) as single:
+    with SingleToolkit(settings, reroutes_from(options)) as single:
         found = describe(settings, single)
     click.echo(json.dumps(found, indent=2) if as_json else render(found))
 
@@ -92,7 +92,8 @@ def describe(settings: ToolkitSettings, single: SingleToolkit) -> dict[str, Any]
             "warnings": isolation.warnings(),
         },
         "separates": [BETWEEN_TOOLKITS[isolation.level], _between_calls(isolation, lifetime)],
-        "network": NETWORK[isolation.level],
+        "network": "these hosts alone" if settings.egress.allowed else NETWORK[isolation.level],
+        "egress": settings.egress.lines(),
         "subprocess": settings.may_start_programs,
         "limits": {
             "time_s": settings.limits.time_s,
@@ -152,6 +153,7 @@ def render(found: dict[str, Any]) -> str:
         f"Isolation {found['isolation']['level']}: {', '.join(found['isolation']['layers'])}",
     ]
     rows += [f"          ⚠ {warning}" for warning in found["isolation"]["warnings"]]
+    rows += [f"Egress    {line}" for line in found["egress"]]
     if found["subprocess"]:
         rows.append("Programs  its tools may start those of this machine, inside the jail")
     for client in found["clients"]:

@@ -14,6 +14,7 @@ import click
 from atp_sandbox.errors import UsageError
 from atp_sandbox.isolation import Isolation, Level, parse_waived
 from atp_sandbox.limits import Limits, format_duration, format_size, parse_duration, parse_size
+from atp_sandbox.policy import EgressPolicy, Reroute, parse_reroute, policy_of
 from atp_sandbox.settings import (
     RESERVED_ENV,
     Lifetime,
@@ -60,6 +61,40 @@ isolation_options = (
         multiple=True,
         metavar="LAYER",
         help="Do without landlock, seccomp or cgroup, by name; said at every start.",
+    ),
+)
+
+
+egress_options = (
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="HOST[:PORT]",
+        help="A host that the toolkit may reach, or *.DOMAIN; port 443 if none is said. [none]",
+    ),
+    click.option(
+        "--private-ok",
+        multiple=True,
+        metavar="HOST",
+        help="An allowed host whose address may be private or this machine's own.",
+    ),
+    click.option(
+        "--inject",
+        multiple=True,
+        metavar="PROVIDER=HOST",
+        help="The tools get a placeholder for their token; the real one of this provider is put "
+        "in outside the jail, for this host alone.",
+    ),
+    click.option(
+        "--reroute",
+        multiple=True,
+        metavar="HOST[:PORT]=ADDRESS[:PORT]",
+        help="Where an allowed host is, in place of its name's answer: for a stand-in.",
+    ),
+    click.option(
+        "--learn-egress",
+        is_flag=True,
+        help="Refuse as ever, and print the lines that would allow what was asked for.",
     ),
 )
 
@@ -123,6 +158,7 @@ def toolkit_options(command: F) -> F:
             is_flag=True,
             help="Let its tools start programs; each call then gets a jail of its own.",
         ),
+        *egress_options,
         *isolation_options,
     ]
     for option in reversed(options):
@@ -143,6 +179,35 @@ def isolation_from(given: Mapping[str, Any]) -> Isolation:
         return Isolation(level, parse_waived(given["waive"]))
     except ValueError as error:
         raise UsageError(f"--waive: {error}") from None
+
+
+def egress_from(given: Mapping[str, Any]) -> EgressPolicy:
+    """What may be reached; UsageError if it contradicts itself."""
+    bound: dict[str, list[str]] = {}
+    for pair in given["inject"]:
+        provider, has_host, host = pair.partition("=")
+        if not has_host:
+            raise UsageError(f"--inject: {pair!r} is no PROVIDER=HOST")
+        bound.setdefault(provider, []).append(host)
+    try:
+        return policy_of(given["allow"], given["private_ok"], bound)
+    except ValueError as error:
+        tip = "every host of --private-ok and --inject must be allowed: --allow HOST"
+        raise UsageError(f"egress: {error}", tip=tip) from None
+
+
+def reroutes_from(given: Mapping[str, Any]) -> tuple[Reroute, ...]:
+    """Where hosts are said to be; UsageError."""
+    found = []
+    for pair in given["reroute"]:
+        wanted, has_place, place = pair.partition("=")
+        if not has_place:
+            raise UsageError(f"--reroute: {pair!r} is no HOST[:PORT]=ADDRESS[:PORT]")
+        try:
+            found.append(parse_reroute(wanted, place))
+        except ValueError as error:
+            raise UsageError(f"--reroute: {error}") from None
+    return tuple(found)
 
 
 def environment_from(pairs: Sequence[str]) -> dict[str, str]:
@@ -171,9 +236,9 @@ def toolkits_from(paths: Sequence[Path], given: Mapping[str, Any]) -> tuple[Tool
     UsageError if values for one are given to several, or exclude each other.
     """
     env, data = given["env"], given["data"]
-    if len(paths) > 1 and (env or data):
+    if len(paths) > 1 and (env or data or given["allow"]):
         raise UsageError(
-            "--env and --data are for one toolkit",
+            "--env, --data and --allow are for one toolkit",
             tip="with several, write an atp-sandbox.toml with a [toolkit.NAME] table for each",
         )
     subprocess = given["subprocess"]
@@ -192,6 +257,10 @@ def toolkits_from(paths: Sequence[Path], given: Mapping[str, Any]) -> tuple[Tool
         )
     except ValueError as error:
         raise UsageError(f"--subprocess: {error}", tip="leave --lifetime out") from None
+    try:
+        first = replace(first, egress=egress_from(given))
+    except ValueError as error:
+        raise UsageError(str(error), tip="leave --allow out, or --isolation") from None
     taken: set[str] = set()
     toolkits = []
     for path in paths:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from atp_sandbox.cli.options import LIFETIME, toolkit_options, toolkits_from
+from atp_sandbox.cli.options import LIFETIME, reroutes_from, toolkit_options, toolkits_from
 from atp_sandbox.errors import UsageError
 from atp_sandbox.settings import BackendSettings, ServeSettings, ToolkitSettings
 
@@ -113,11 +113,22 @@ def serve(**given: Any) -> int:
             backend = replace(
                 backend, api_key=secrets.token_urlsafe(24), base_url=embedded.url, as_written=False
             )
-        settings = ServeSettings(toolkits, backend, Path(state_dir), given["log_format"])
+        settings = ServeSettings(
+            toolkits,
+            backend,
+            Path(state_dir),
+            given["log_format"],
+            reroutes=reroutes_from(given),
+            learns_egress=given["learn_egress"],
+        )
         supervisor = Supervisor(settings)
         if embedded is not None:
             supervisor.on_ready = lambda: _explain(supervisor, embedded.url)
-        return supervisor.run()
+        try:
+            return supervisor.run()
+        finally:
+            for name in supervisor.learned.toolkits():
+                click.echo("\n".join([f"[toolkit.{name}]", *supervisor.learned.lines(name)]))
     finally:
         if embedded is not None:
             embedded.close()
@@ -192,6 +203,9 @@ def _refuse_with_config(given: dict[str, Any]) -> None:
         "queue": "--queue",
         "lifetime": "--lifetime",
         "subprocess": "--subprocess",
+        "allow": "--allow",
+        "private_ok": "--private-ok",
+        "inject": "--inject",
         "isolation": "--isolation",
         "waive": "--waive",
     }

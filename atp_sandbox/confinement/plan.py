@@ -12,6 +12,15 @@ from dataclasses import dataclass
 
 from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
+from atp_sandbox.loopback import (
+    DNS_ADDRESS,
+    PROXY_ADDRESS,
+    PROXY_PORT,
+    address_of,
+    names_past_proxy,
+    ports_to_bind,
+)
+from atp_sandbox.policy import EgressPolicy
 
 INSIDE_ID = 1000
 JAIL_NAME = "jail"
@@ -23,6 +32,17 @@ RESTING_PROCESSES = 8
 """Warden, zygote, and those that build and verify the jail."""
 SPARE_SLOTS = 4
 """Scratch slots beyond one a call and one forked ahead: those that are just being freed."""
+_PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+_CERTIFICATES = "/etc/atp-sandbox/certificates.pem"
+_CERTIFICATE_VARIABLES = (
+    "SSL_CERT_FILE",  # OpenSSL, hence urllib, aiohttp, httpx
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "AWS_CA_BUNDLE",
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+    "GIT_SSL_CAINFO",
+    "NODE_EXTRA_CA_CERTS",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +79,17 @@ class ToolkitView:
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkView:
+    """A jail's way out, as it is seen from inside."""
+
+    policy: EgressPolicy
+    ticket: str
+    """By which the import says who it is."""
+    certificates: str
+    """What it trusts, PEM; empty: what the machine trusts."""
+
+
+@dataclass(frozen=True, slots=True)
 class JailSpec:
     """One jail, as its toolkit's operator wants it."""
 
@@ -72,6 +103,8 @@ class JailSpec:
     directory: str
     """`strict`: an empty directory of the supervisor, on which every jail mounts its root in a
     namespace of its own. Else one that this jail makes, for scratch."""
+    network: NetworkView | None = None
+    """None: no way out, not even one that says no."""
 
 
 def slot_count(limits: Limits, *, forks_workers: bool = True) -> int:
@@ -107,7 +140,9 @@ def jail_plan(host: HostView, spec: JailSpec, *, outside_id: int | None) -> dict
         "landlock": _landlock(host, spec, here, scratch) if isolation.has_landlock else None,
         "seccomp": _seccomp(spec) if isolation.has_seccomp else None,
         "rlimits": _resource_limits(spec, outside_id) if isolation.is_confined else {},
-        "env": jail_environment(toolkit.env, f"{scratch}/0"),
+        "env": jail_environment(toolkit.env, f"{scratch}/0") | _network_variables(spec),
+        "network": _network(spec),
+        "ticket": "" if spec.network is None else spec.network.ticket,
         "toolkit_directory": here,
         "toolkit_path": [here, f"{here}/{toolkit.package}"] if toolkit.package else [here],
         "site_path": list(host.site_path),
@@ -150,7 +185,7 @@ def _root(host: HostView, spec: JailSpec) -> dict[str, object]:
             *({"source": path, "target": path} for path in outermost(read_only)),
             {"source": spec.toolkit.directory, "target": "/toolkit"},
         ],
-        "files": [{"path": path, "text": text} for path, text in _etc().items()],
+        "files": [{"path": path, "text": text} for path, text in _etc(spec.network).items()],
         "masks": [path for path in host.hidden if _is_under(path, read_only)],
     }
 
@@ -227,12 +262,51 @@ def _is_under(path: str, directories: Sequence[str]) -> bool:
     return any(path == d or path.startswith(d.rstrip(os.sep) + os.sep) for d in directories)
 
 
-def _etc() -> dict[str, str]:
+def _network(spec: JailSpec) -> dict[str, object] | None:
+    """What the warden binds, and which variables tell clients of the proxy."""
+    if spec.network is None:
+        return None
     return {
+        "ports": ports_to_bind(spec.network.policy.ports),
+        "proxy": f"{PROXY_ADDRESS}:{PROXY_PORT}",
+        "proxy_variables": [name for name in _PROXY_VARIABLES if name not in spec.toolkit.env],
+    }
+
+
+def _network_variables(spec: JailSpec) -> dict[str, str]:
+    """What does not differ from one worker to the next, and the operator did not set."""
+    if spec.network is None:
+        return {}
+    policy = spec.network.policy
+    patterns = [endpoint.host for endpoint in policy.allowed if endpoint.is_pattern]
+    past = ",".join(names_past_proxy(policy.names, patterns))
+    found = {"NO_PROXY": past, "no_proxy": past}
+    if spec.network.certificates:
+        found |= dict.fromkeys(_CERTIFICATE_VARIABLES, _CERTIFICATES)
+    return {name: value for name, value in found.items() if name not in spec.toolkit.env}
+
+
+def _etc(network: NetworkView | None) -> dict[str, str]:
+    hosts = f"127.0.0.1 localhost {JAIL_NAME}\n::1 localhost\n"
+    files = {
         "/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}:sandbox:/scratch:/bin/false\n",
         "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
         "/etc/hostname": f"{JAIL_NAME}\n",
-        "/etc/hosts": f"127.0.0.1 localhost {JAIL_NAME}\n::1 localhost\n",
+        "/etc/hosts": hosts,
         "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
         "/etc/resolv.conf": "",
     }
+    if network is not None:
+        names = enumerate(network.policy.names)
+        files["/etc/hosts"] = hosts + "".join(f"{address_of(i)} {name}\n" for i, name in names)
+        files["/etc/nsswitch.conf"] = files["/etc/nsswitch.conf"].replace(
+            "hosts: files", "hosts: files dns"
+        )
+        # Asked for what is in no file; it answers that there is no such name. Over TCP, since
+        # workers have no datagrams: resolv.conf(5).
+        files["/etc/resolv.conf"] = (
+            f"nameserver {DNS_ADDRESS}\noptions use-vc attempts:1 timeout:2\n"
+        )
+        if network.certificates:
+            files[_CERTIFICATES] = network.certificates
+    return files

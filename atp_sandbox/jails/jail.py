@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Protocol
@@ -35,6 +36,8 @@ from workers import frames
 
 _SETUP_S = 20.0
 """From the launch to a locked zygote; measured 60 to 120 ms, many times that on a busy machine."""
+_MAX_LISTENERS = 64
+"""A jail has a socket for each port that its policy names, and two."""
 _STRAY = "an unknown process ran in it"
 _FRAME_OVERHEAD_BYTES = 4_096
 """What an answer's frame holds beside the result."""
@@ -55,6 +58,19 @@ class Usage:
     added_memory_bytes: int
     """Resident memory beyond what every worker of its zygote starts with."""
     cpu_s: float
+
+
+class Network(Protocol):
+    """The way out of one jail; owned by it from the moment it is made."""
+
+    def ticket(self, worker: int) -> str:
+        """By which connections of that worker are known."""
+
+    def attach(self, listeners: Sequence[socket.socket], on_open: Callable[[], None]) -> None:
+        """Take over the sockets that the jail is to reach its hosts by; then `on_open()`."""
+
+    def close(self) -> None:
+        """Refuse from now on; safe to call again."""
 
 
 class JailListener(Protocol):
@@ -102,12 +118,19 @@ class Jail:
         mover: Mover | None,
         farewells: Farewells,
         listener: JailListener,
+        network: Network | None = None,
     ) -> None:
-        """`group` is owned from here on; both are None where no control group can be made."""
+        """`group` and `network` are owned from here on.
+
+        `group` and `mover` are None where no control group can be made, `network` where there is no
+        way out.
+        """
         self._loop = loop
         self._group = group
         self._mover = mover
         self._farewells = farewells
+        self._network = network
+        self._network_channel: socket.socket | None = None
         self._spec = spec
         self._listener = listener
         self._workers: dict[int, Worker] = {}
@@ -242,6 +265,7 @@ class Jail:
             self._setup_timer.cancel()
         self._warden_channel.close()
         self._zygote_channel.close()
+        self._close_network()
         for worker in self._workers.values():
             worker.close()
         self.output.close()
@@ -255,6 +279,13 @@ class Jail:
             self._warden_handle.kill()
         # Else it has been hung up on, and ends what came of it, as the kernel does for a namespace.
         self._farewells.add(self._warden_handle, self._give_back)
+
+    def _close_network(self) -> None:
+        if self._network_channel is not None:
+            self._network_channel.close()
+            self._network_channel = None
+        if self._network is not None:
+            self._network.close()
 
     def _give_back(self, warden_status: int) -> None:
         """Its warden has ended with this wait status: nothing of it runs any more."""
@@ -289,11 +320,13 @@ class Jail:
             )
         except OSError:
             self.output.close()
+            self._close_network()
             release_id(self._outside_id)
             if self._group is not None:
                 self._group.close()
             raise
         self._builder = launched.builder
+        self._network_channel = launched.network
         self._warden_channel = Channel(
             self._loop,
             launched.warden,
@@ -390,6 +423,30 @@ class Jail:
     def _go(self, error: Exception | None) -> None:
         """The zygote is confined, verified and limited: the toolkit's first line may run."""
         self._fail_if(error)
+        if self._is_closed:
+            return
+        if self._network is not None and self._network_channel is not None:
+            self._open_network(self._network, self._network_channel)
+        else:
+            self._import()
+
+    def _open_network(self, network: Network, channel: socket.socket) -> None:
+        """Take the sockets that the warden made; nothing else ever comes out of a jail."""
+        self._network_channel = None
+        with channel:
+            channel.setblocking(False)
+            try:
+                _, descriptors, _, _ = socket.recv_fds(channel, 1, _MAX_LISTENERS)
+            except OSError:
+                descriptors = []
+        listeners = [socket.socket(fileno=fd) for fd in descriptors]
+        if not listeners:
+            self._fail_setup("network", "the warden passed no sockets out")
+            return
+        network.attach(listeners, self._import)
+
+    def _import(self) -> None:
+        """Once what the toolkit may reach can be reached."""
         if self._is_closed:
             return
         self._phase = Phase.IMPORTING
@@ -612,8 +669,9 @@ class Jail:
             lambda message, sender: self._on_worker(worker, message, sender),
             lambda error: self._on_worker_closed(worker, error),
         )
+        ticket = "" if self._network is None else self._network.ticket(number)
         self._zygote_channel.send(
-            frames.encode(how, number, slot), (theirs.detach(), worker.output.writer)
+            frames.encode(how, number, slot, ticket), (theirs.detach(), worker.output.writer)
         )
 
     def _on_worker(self, worker: Worker, message: frames.Message, sender: int) -> None:

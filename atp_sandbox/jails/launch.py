@@ -31,6 +31,8 @@ class Launched:
     builder: subprocess.Popen[bytes]
     warden: socket.socket
     zygote: socket.socket
+    network: socket.socket | None
+    """On which the warden passes its listening sockets out, before foreign code runs."""
 
 
 def launch(spec: JailSpec, *, outside_id: int | None, output_writer: int) -> Launched:
@@ -47,13 +49,21 @@ def launch(spec: JailSpec, *, outside_id: int | None, output_writer: int) -> Lau
         plan["warden_fd"] = warden_theirs.fileno()
         plan["zygote_fd"] = zygote_theirs.fileno()
         plan["output_fd"] = output_writer
+        network_ours: socket.socket | None = None
+        passed = [warden_theirs.fileno(), zygote_theirs.fileno(), output_writer]
+        if spec.network is not None:
+            network_ours, network_theirs = socket.socketpair()
+            ours.enter_context(network_ours)
+            theirs.enter_context(network_theirs)
+            plan["network_fd"] = network_theirs.fileno()
+            passed.append(network_theirs.fileno())
         plan_fd = os.memfd_create("plan")
         theirs.callback(os.close, plan_fd)
         os.write(plan_fd, json.dumps(plan).encode())
         os.lseek(plan_fd, 0, os.SEEK_SET)
         builder = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(_BOOT), str(plan_fd)],
-            pass_fds=(plan_fd, warden_theirs.fileno(), zygote_theirs.fileno(), output_writer),
+            pass_fds=(plan_fd, *passed),
             env={},
             stdin=subprocess.DEVNULL,
             stdout=output_writer,
@@ -62,7 +72,7 @@ def launch(spec: JailSpec, *, outside_id: int | None, output_writer: int) -> Lau
             cwd="/",
         )
         ours.pop_all()
-    return Launched(builder, warden_ours, zygote_ours)
+    return Launched(builder, warden_ours, zygote_ours, network_ours)
 
 
 def allocate_id() -> int | None:

@@ -64,6 +64,11 @@ REMEDIES = {
         "snapshot and the interpreter: choose a --state-dir and a Python that every user can "
         "reach, or start as an ordinary user.",
     ),
+    "network": Remedy("network namespace", "The kernel needs CONFIG_NET_NS and IPv4."),
+    "egress": Remedy(
+        "egress process",
+        "It confines itself with Landlock and seccomp as jails do; see `atp-sandbox doctor`.",
+    ),
     "cgroup": Remedy("control groups", "See `atp-sandbox doctor`."),
     "verification": Remedy("verification", "This is a bug or an unsupported kernel; report it."),
     "start": Remedy("start of the jail", "Look at the cause; the machine may be out of memory."),

@@ -197,6 +197,17 @@ def enter_base(tree: Tree, abi: int) -> None:
     _entered_base = True
 
 
+def enter_reading(paths: Iterable[str], abi: int) -> None:
+    """Confine this process to reading beneath `paths`, which exist; conditions as `enter_base`."""
+    rights = rights_for(abi)
+    descriptors: list[int] = []
+    try:
+        packed = _open_rules([(path, rights.data) for path in paths], descriptors)
+        _restrict(_pack_handled(rights), packed, rights.flags)
+    finally:
+        _close(descriptors)
+
+
 class WorkerLayer:
     """The layer of a worker: prepared once, in the zygote; entered once, by each worker.
 

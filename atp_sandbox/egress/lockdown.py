@@ -1,0 +1,123 @@
+"""What the egress process gives up before it sees a byte of a toolkit.
+
+From then on it has the sockets that it was handed and those that it dials with, over IP alone: no
+program can be started, no process made or looked at, no file written, and none read but what the C
+library needs to resolve names. Uses the same mechanisms as a jail's processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+from typing import Any
+
+from workers.confinement import (
+    landlock,
+    namespaces,
+    privileges,
+    seccomp,
+    seccomp_profiles,
+    syscalls,
+)
+from workers.confinement.seccomp_rules import ALLOW, EPERM, Group, Profile, equals, fails_with, when
+
+_RESOLVER_FILES = (
+    "/etc",  # resolv.conf, hosts, nsswitch.conf, gai.conf: they are replaced, so not by name
+    "/run/systemd/resolve",
+    "/run/resolvconf",
+    "/run/NetworkManager",
+    # Modules of nsswitch.conf(5) are loaded when the first name is asked for.
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+)
+_RESOURCE_LIMITS = {"core": 1, "fsize": 1024 * 1024}
+"""A certificate's key passes through a file without a name (memfd_create(2))."""
+_INET = equals(0, 2, 10)
+_STREAM = equals(1, 1, mask=~0x80800)
+_DGRAM = equals(1, 2, mask=~0x80800)
+_IP_ALONE = Group(
+    "IP sockets alone",
+    "TCP to dial, UDP to resolve. Not AF_UNIX, behind which this machine's own services are; a C "
+    "library that finds its cache or its local resolver that way goes on without.",
+    "socket",
+    fails_with(errno.EAFNOSUPPORT),
+    (when(ALLOW, _INET, _STREAM), when(ALLOW, _INET, _DGRAM)),
+)
+_NOBODY_ELSE = Group(
+    "signals to itself",
+    "Threads of its own alone; the id 0 and negative ones are groups.",
+    "kill tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal",
+    EPERM,
+)
+
+
+class Refused(Exception):
+    """A part of the lock-down was refused; says which."""
+
+
+def profile() -> Profile:
+    """The system calls that are left: a lone jail process's, with IP sockets and no signals."""
+    taken = {name for group in (_IP_ALONE, _NOBODY_ELSE) for name in group.calls.split()}
+    base = seccomp_profiles.LONE
+    kept = [
+        group._replace(calls=" ".join(n for n in group.calls.split() if n not in taken))
+        for group in base.groups
+    ]
+    probes = tuple(probe for probe in base.probes if probe.call != "socket")
+    return Profile(
+        "egress",
+        (*(group for group in kept if group.calls), _IP_ALONE, _NOBODY_ELSE),
+        base.unlisted,
+        probes,
+    )
+
+
+def lock_down(outside_id: int | None, *, needs_landlock: bool) -> None:
+    """Confine this process for good and see that it holds; Refused.
+
+    To be called while there is one thread, with everything imported. `outside_id`: the user to
+    become, if this is root's.
+    """
+    if threading.active_count() != 1:
+        raise Refused("there is more than one thread")
+    if outside_id is not None:
+        _step("identity", namespaces.become_user, outside_id)
+    _step("resource limits", privileges.set_resource_limits, _RESOURCE_LIMITS)
+    _step("capabilities", privileges.drop_capabilities)
+    if needs_landlock:
+        _step("landlock", _restrict_files)
+    program = _step("seccomp", seccomp.compile_profile, profile(), syscalls.MACHINE)
+    _step("seccomp", seccomp.install, program)
+    _step("seccomp", seccomp.verify_answers, profile())
+    _see_that_it_holds(needs_landlock=needs_landlock)
+
+
+def _restrict_files() -> None:
+    support = landlock.probe()
+    if support.abi < 1:
+        raise OSError(errno.EOPNOTSUPP, f"Landlock is not there {support.reason}".rstrip())
+    paths = [os.path.realpath(path) for path in _RESOLVER_FILES if os.path.isdir(path)]
+    landlock.enter_reading(sorted(set(paths)), support.abi)
+
+
+def _see_that_it_holds(*, needs_landlock: bool) -> None:
+    """The claims of this module, tried."""
+    with contextlib.suppress(OSError):
+        socket.socket(socket.AF_UNIX).close()
+        raise Refused("an AF_UNIX socket could be made")
+    if needs_landlock:
+        with contextlib.suppress(OSError):
+            os.close(os.open("/proc/self/status", os.O_RDONLY))
+            raise Refused("a file outside of the resolver's could be read")
+
+
+def _step(name: str, action: Any, *arguments: Any) -> Any:
+    try:
+        return action(*arguments)
+    except OSError as error:
+        raise Refused(f"{name}: {error.strerror or error}") from error

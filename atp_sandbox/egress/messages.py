@@ -1,0 +1,58 @@
+"""What supervisor and egress process say to each other, in the framing of `workers.frames`. PURE.
+
+supervisor → egress     open, close, fill, forget
+egress → supervisor     ready, refused, opened, connection
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import Final
+
+from workers.frames import BYTES, INT, NONE, STR
+
+MAX_FRAME_BYTES = 1024 * 1024
+"""Either way: a policy of 500 hosts is below 200 KiB."""
+
+TO_EGRESS: Final = {
+    "open": (INT, STR, BYTES, BYTES, BYTES, BYTES),
+    # jail, its toolkit's name, policy as JSON, key of its tickets, certificate and key (PEM) of the
+    # authority that it trusts, or nothing; with it a socket for each port
+    "close": (INT,),  # jail: end its connections, forget it
+    "fill": (INT, STR, STR, BYTES),  # jail, provider, placeholder, the token it stands for
+    "forget": (INT, STR),  # jail, placeholder: its call has ended
+}
+FROM_EGRESS: Final = {
+    "ready": (),  # confined, from here on with nothing but sockets
+    "refused": (STR,),  # what of its confinement was refused
+    "opened": (INT,),  # jail: it accepts
+    "connection": (INT, INT, STR, (NONE, INT), STR, INT, INT, INT, STR, STR),
+    # jail, worker (see Who), host, port, address, bytes sent, received, ms, verdict, reason
+}
+
+UNKNOWN_WORKER = -1
+"""Nobody's ticket, or the import's."""
+ANY_WORKER = 0
+"""No ticket is asked where the address says what is meant: any worker of the jail."""
+
+ALLOWED, DENIED, FAILED = "allowed", "denied", "failed"
+"""Verdicts: let through; against the policy; allowed, but it came to nothing."""
+VERDICTS = frozenset({ALLOWED, DENIED, FAILED})
+
+
+def ticket(key: bytes, worker: int) -> str:
+    """By which connections of worker number `worker` are known: 32 hex digits."""
+    return hashlib.blake2b(worker.to_bytes(8, "big"), digest_size=16, key=key).hexdigest()
+
+
+def worker_of(key: bytes, name: str, given: str) -> int | None:
+    """The worker that calls itself `name` (`worker-7`) and shows the ticket `given`; None: nobody.
+
+    0 is the import.
+    """
+    kind, _, number = name.partition("-")
+    if kind != "worker" or not number.isascii() or not number.isdigit() or len(number) > 18:
+        return None
+    expected = ticket(key, int(number))
+    return int(number) if hmac.compare_digest(expected, given.encode().decode("latin-1")) else None

@@ -1,0 +1,164 @@
+"""Bytes from a jail's connection to the host and back, within the policy's limits.
+
+The first bytes are looked at before the host sees them. A TLS hello must name the host that was
+asked for: otherwise a name that is allowed would be the way to any other that the same machines
+serve. At port 443 nothing but TLS is let through; elsewhere other protocols pass as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+
+from atp_sandbox.egress.denial import Denied, Failed
+from atp_sandbox.egress.hello import MAX_HELLO_BYTES, NotTls, read_hello
+from atp_sandbox.egress.meter import Meter
+from atp_sandbox.egress.placeholders import Leaving
+from atp_sandbox.limits import format_duration, format_size
+from atp_sandbox.policy import EgressLimits
+
+HTTPS_PORT = 443
+_CHUNK_BYTES = 128 * 1024
+_TLS_RECORD = b"\x16\x03"
+_HELLO_S = 10.0
+"""From the first byte of a hello to its end."""
+_LINGER_NOT = struct.pack("ii", 1, 0)
+"""close(2) then resets the connection: socket(7), SO_LINGER."""
+
+Filter = Callable[[memoryview], None]
+"""Looks at bytes on their way out; raises Denied."""
+
+
+def reset(sock: socket.socket) -> None:
+    """Close so that the peer reads a reset: the connection was refused, not finished."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    sock.close()
+
+
+def check_hello(first: bytes, host: str, port: int) -> bool:
+    """Whether enough of `first` is there to let it pass to `host`; Denied if it never may."""
+    hello = read_hello(first)
+    if hello is None:
+        return False
+    if isinstance(hello, NotTls):
+        if first.startswith(_TLS_RECORD):
+            raise Denied("was sent a TLS hello that cannot be read")
+        if port == HTTPS_PORT:
+            raise Denied("was spoken to at port 443, but not in TLS")
+    elif hello.server_name is None:
+        raise Denied("was asked for without a TLS server name")
+    elif hello.server_name != host:
+        raise Denied("was asked for with another TLS server name")
+    elif hello.is_encrypted:
+        raise Denied("was asked for with a hidden TLS server name")
+    return True
+
+
+async def relay(
+    client: socket.socket,
+    upstream: socket.socket,
+    *,
+    host: str,
+    port: int,
+    limits: EgressLimits,
+    meter: Meter,
+    early: bytes = b"",
+    scans: bool = False,
+) -> None:
+    """Carry bytes both ways until both sides have ended; each end is passed on as it comes.
+
+    `early` was read from the client already. `scans`: placeholders may be about, and are refused.
+    Denied and Failed as for any connection; the caller closes both sockets.
+    """
+    leaving = Leaving() if scans else None
+
+    def look(chunk: memoryview) -> None:
+        if leaving is not None and leaving.feed(bytes(chunk)):
+            raise Denied("was sent a placeholder")
+
+    async def upwards() -> None:
+        first = await _first_bytes(client, host, port, early)
+        if first:
+            look(memoryview(first))
+            meter.sent_bytes += len(first)
+            await asyncio.get_running_loop().sock_sendall(upstream, first)
+            await _pump(client, upstream, lambda n: _count(meter, limits, sent=n), look)
+        else:
+            _shut(upstream)
+
+    async def downwards() -> None:
+        await _pump(upstream, client, lambda n: _count(meter, limits, received=n), None)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(_end_when_idle(meter, limits))
+            both = [group.create_task(upwards()), group.create_task(downwards())]
+            await asyncio.wait(both)
+            watch.cancel()
+    except BaseExceptionGroup as errors:
+        raise _worst(errors) from None
+
+
+async def _first_bytes(client: socket.socket, host: str, port: int, early: bytes) -> bytes:
+    """What the client says first, once it may pass; empty if it says nothing and ends."""
+    loop = asyncio.get_running_loop()
+    first = early or await loop.sock_recv(client, MAX_HELLO_BYTES)
+    if not first or check_hello(first, host, port):
+        return first
+    try:
+        async with asyncio.timeout(_HELLO_S):
+            while not check_hello(first, host, port):
+                more = await loop.sock_recv(client, MAX_HELLO_BYTES)
+                if not more:
+                    raise Denied("was sent half a TLS hello")
+                first += more
+    except TimeoutError:
+        raise Denied("was sent half a TLS hello") from None
+    return first
+
+
+async def _pump(
+    source: socket.socket,
+    target: socket.socket,
+    count: Callable[[int], None],
+    look: Filter | None,
+) -> None:
+    loop = asyncio.get_running_loop()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    while size := await loop.sock_recv_into(source, buffer):
+        chunk = buffer[:size]
+        if look is not None:
+            look(chunk)
+        count(size)
+        await loop.sock_sendall(target, chunk)
+    _shut(target)
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+
+
+def _count(meter: Meter, limits: EgressLimits, *, sent: int = 0, received: int = 0) -> None:
+    meter.sent_bytes += sent
+    meter.received_bytes += received
+    if meter.sent_bytes + meter.received_bytes > limits.bytes:
+        raise Denied(f"took more than {format_size(limits.bytes)} on one connection")
+
+
+async def _end_when_idle(meter: Meter, limits: EgressLimits) -> None:
+    seen = -1
+    while seen != (seen := meter.sent_bytes + meter.received_bytes):
+        await asyncio.sleep(limits.idle_s)
+    raise Failed(f"was idle for {format_duration(limits.idle_s)}")
+
+
+def _worst(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one that says why: ours before the kernel's."""
+    found = list(errors.exceptions)
+    ours = [error for error in found if isinstance(error, (Denied, Failed))]
+    return (ours or found)[0]

@@ -1,0 +1,464 @@
+"""The supervisor's side of the egress process: starts it, hands it sockets, hears what it did.
+
+An I/O shell in the supervisor's loop. The listening sockets of all jails are kept here too. When
+the egress process ends, the kernel refuses connections to them (`shutdown`) until a successor,
+which gets them all again, calls listen(2). What it tells is believed of connections alone: it holds
+no key and decides on no call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from atp_sandbox import log
+from atp_sandbox.egress import messages
+from atp_sandbox.egress.authority import Authority, make_authority
+from atp_sandbox.jails.channel import Channel, channel_pair
+from atp_sandbox.jails.launch import allocate_id, release_id
+from atp_sandbox.jails.output import OutputPipe
+from atp_sandbox.jails.processes import ProcessHandle, read_status
+from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.outcome import Failure
+from atp_sandbox.policy import EgressPolicy, Reroute
+from workers import frames
+
+_BOOT = Path(__file__).parent / "boot.py"
+_START_S = 20.0
+"""From the launch to `ready`; measured 0.2 s, many times that on a busy machine."""
+_FIRST_RESTART_S = 0.1
+_MAX_RESTART_S = 10.0
+_STABLE_S = 10.0
+_KEY_BYTES = 32
+_KEPT_DENIALS = 64
+"""Of one jail: answers name a few, and a hostile tool makes any number."""
+_TOLD_DENIALS = 8
+"""In one answer."""
+_CERTIFICATE_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+"""Environment by which OpenSSL finds what the machine trusts."""
+
+
+class EgressError(Exception):
+    """The egress process cannot be started or confined; says what was refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """A connection that was refused, as an answer names it."""
+
+    at: float
+    worker: int
+    host: str
+    port: int | None
+    reason: str
+
+
+def with_denials(failure: Failure, denials: Sequence[Denial]) -> Failure:
+    """The failure, saying what was refused to its call; each thing once."""
+    rows = [{"host": one.host, "port": one.port, "reason": one.reason} for one in denials]
+    distinct = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    if not distinct:
+        return failure
+    return replace(failure, details={**failure.details, "denied": distinct[:_TOLD_DENIALS]})
+
+
+class JailNetwork:
+    """The way out of one jail; made before it, and closed with it."""
+
+    def __init__(self, service: EgressService, number: int, toolkit: str, policy: EgressPolicy):
+        self._service = service
+        self.number = number
+        self.toolkit = toolkit
+        self.policy = policy
+        self.key = secrets.token_bytes(_KEY_BYTES)
+        self.listeners: list[socket.socket] = []
+        self._denials: deque[Denial] = deque(maxlen=_KEPT_DENIALS)
+        self._on_open: Callable[[], None] | None = None
+        self._placeholders: dict[str, tuple[str, bytes]] = {}
+
+    def ticket(self, worker: int) -> str:
+        return messages.ticket(self.key, worker)
+
+    def certificates(self) -> str:
+        """What the jail trusts, PEM: ours and the usual ones; empty: what the machine does."""
+        authority = self._service.authority(self.policy)
+        if authority is None:
+            return ""
+        return _usual_authorities() + authority.cert_pem.decode()
+
+    def attach(self, listeners: Sequence[socket.socket], on_open: Callable[[], None]) -> None:
+        """Take over a bound socket for each port; `on_open()` once they are accepted on.
+
+        Also called at once if the egress process is being restarted: until it is back, connections
+        are refused.
+        """
+        self.listeners = list(listeners)
+        self._on_open = on_open
+        self._service.open(self)
+
+    def opened(self) -> None:
+        on_open, self._on_open = self._on_open, None
+        if on_open is not None:
+            on_open()
+
+    def fill(self, provider: str, placeholder: str, token: bytes) -> None:
+        """From now on `placeholder` stands for `token` at the hosts of `provider`."""
+        self._placeholders[placeholder] = (provider, token)
+        self._service.send("fill", self.number, provider, placeholder, token)
+
+    def forget(self, placeholder: str) -> None:
+        """Its call has ended."""
+        if self._placeholders.pop(placeholder, None) is not None:
+            self._service.send("forget", self.number, placeholder)
+
+    @property
+    def placeholders(self) -> Mapping[str, tuple[str, bytes]]:
+        return self._placeholders
+
+    def note(self, denial: Denial) -> None:
+        self._denials.append(denial)
+
+    def denied(self, worker: int, since: float) -> list[Denial]:
+        """What was refused to `worker` since then: all that it asked for with its own ticket, and
+        what somebody of this jail did with a host of the policy.
+        """
+        self._service.catch_up()
+        mine = (worker, messages.ANY_WORKER)
+        return [one for one in self._denials if one.worker in mine and one.at >= since]
+
+    def close(self) -> None:
+        """Give the sockets back; safe to call again."""
+        self._on_open = None
+        self._placeholders.clear()
+        self._service.catch_up()  # what was refused may be told in an answer yet
+        self._service.forget_jail(self)
+        for sock in self.listeners:
+            sock.close()
+        self.listeners.clear()
+
+
+class EgressService:
+    """Owns the egress process and starts it again when it ends."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        needs_landlock: bool,
+        reroutes: Sequence[Reroute] = (),
+        on_failed: Callable[[EgressError], None],
+        on_denied: Callable[[str, Denial], None],
+    ) -> None:
+        """`on_failed` if it cannot be confined or does not start; `on_denied(toolkit, denial)` for
+        every connection that the policy refused.
+        """
+        self._loop = loop
+        self._needs_landlock = needs_landlock
+        self._reroutes = reroutes
+        self._on_failed = on_failed
+        self._on_denied = on_denied
+        self._numbers = itertools.count(1)
+        self._jails: dict[int, JailNetwork] = {}
+        self._authorities: dict[tuple[str, ...], Authority] = {}
+        self._injects = False
+        self._is_started = False
+        self._channel: Channel | None = None
+        self._process: ProcessHandle | None = None
+        self._output: OutputPipe | None = None
+        self._id: int | None = None
+        self._timer: Timer | None = None
+        self._is_ready = False
+        self._was_ready = False
+        self._is_closed = False
+        self._started_at = 0.0
+        self._restart_s = _FIRST_RESTART_S
+
+    # -- for the node ------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """Of the egress process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def jail(self, toolkit: str, policy: EgressPolicy) -> JailNetwork:
+        """The way out of a jail that is about to be made; the caller closes it."""
+        if not self._is_started:
+            # A little later, when it is known whether any toolkit needs tokens put in.
+            self._is_started = True
+            self._loop.call_soon(self._launch)
+        self._injects = self._injects or bool(policy.inject)
+        network = JailNetwork(self, next(self._numbers), toolkit, policy)
+        self._jails[network.number] = network
+        return network
+
+    def authority(self, policy: EgressPolicy) -> Authority | None:
+        """What jails of this policy trust beside the machine's authorities; None: nobody.
+
+        Made here and not in the egress process, whose successor must have the same.
+        """
+        hosts = policy.injected_hosts
+        if not hosts:
+            return None
+        if hosts not in self._authorities:
+            self._authorities[hosts] = make_authority(hosts)
+        return self._authorities[hosts]
+
+    def catch_up(self) -> None:
+        """Take in what the egress process has said already."""
+        if self._channel is not None:
+            self._channel.read_now()
+
+    def close(self) -> None:
+        """End the process and give back what is owned. Safe to call again."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._drop_process()
+
+    # -- for the jails' networks -------------------------------------------------------------------
+
+    def open(self, network: JailNetwork) -> None:
+        if self._is_ready:
+            self._hand_over(network)
+        elif self._was_ready:
+            network.opened()
+
+    def send(self, name: str, *values: frames.Value) -> None:
+        if self._channel is not None and self._is_ready:
+            self._channel.send(frames.encode(name, *values))
+
+    def forget_jail(self, network: JailNetwork) -> None:
+        if self._jails.pop(network.number, None) is not None and network.listeners:
+            self.send("close", network.number)
+
+    def _hand_over(self, network: JailNetwork) -> None:
+        assert self._channel is not None
+        copies = [os.dup(sock.fileno()) for sock in network.listeners]
+        authority = self.authority(network.policy) or Authority(b"", b"")
+        frame = frames.encode(
+            "open",
+            network.number,
+            network.toolkit,
+            network.policy.to_json(),
+            network.key,
+            authority.cert_pem,
+            authority.key_pem,
+        )
+        self._channel.send(frame, copies)
+        for placeholder, (provider, token) in network.placeholders.items():
+            self.send("fill", network.number, provider, placeholder, token)
+
+    # -- the process -------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        if self._is_closed:
+            return
+        self._started_at = self._loop.now()
+        self._output = OutputPipe(self._loop)
+        self._id = allocate_id()
+        ours, theirs = channel_pair()
+        config_fd = os.memfd_create("egress")
+        try:
+            config = {
+                "path": sys.path,
+                "channel_fd": theirs.fileno(),
+                "outside_id": self._id,
+                "needs_landlock": self._needs_landlock,
+                "reroutes": [
+                    [one.endpoint.host, one.endpoint.port, list(one.addresses), one.port]
+                    for one in self._reroutes
+                ],
+                "injects": self._injects,
+            }
+            os.write(config_fd, json.dumps(config).encode())
+            os.lseek(config_fd, 0, os.SEEK_SET)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(_BOOT), str(config_fd)],
+                pass_fds=(config_fd, theirs.fileno()),
+                env={n: os.environ[n] for n in _CERTIFICATE_SETTINGS if n in os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=self._output.writer,
+                stderr=self._output.writer,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            ours.close()
+            self._fail(f"cannot be launched: {error.strerror}")
+            return
+        finally:
+            theirs.close()
+            os.close(config_fd)
+            os.close(self._output.writer)
+        self._popen = process
+        self._process = ProcessHandle(process.pid)
+        self._channel = Channel(
+            self._loop,
+            ours,
+            frames.Decoder(messages.FROM_EGRESS, messages.MAX_FRAME_BYTES),
+            self._on_message,
+            self._on_closed,
+        )
+        self._channel.peer_pid = process.pid
+        self._timer = self._loop.call_later(_START_S, self._on_start_timeout)
+
+    def _on_start_timeout(self) -> None:
+        self._fail(f"was not ready within {_START_S:.0f} s")
+
+    def _on_message(self, message: frames.Message, _sender: int) -> None:
+        match message[0]:
+            case "ready" if not self._is_ready:
+                self._on_ready()
+            case "refused" if not self._is_ready:
+                self._fail(message[1])
+            case "opened" if message[1] in self._jails:
+                self._jails[message[1]].opened()
+            case "connection":
+                self._on_connection(*message[1:])
+
+    def _on_ready(self) -> None:
+        assert self._process is not None
+        wrong = _what_is_wrong(self._process.pid, self._id)
+        if wrong:
+            self._fail(wrong)
+            return
+        assert self._timer is not None
+        self._timer.cancel()
+        self._timer = None
+        self._is_ready = True
+        if self._was_ready:
+            log.emit(log.INFO, "egress_restarted", "the egress process is back")
+        self._was_ready = True
+        for network in self._jails.values():
+            if network.listeners:
+                self._hand_over(network)
+
+    def _on_connection(
+        self,
+        jail: int,
+        worker: int,
+        host: str,
+        port: int | None,
+        address: str,
+        sent: int,
+        received: int,
+        ms: int,
+        verdict: str,
+        reason: str,
+    ) -> None:
+        network = self._jails.get(jail)
+        if network is None or verdict not in messages.VERDICTS:
+            return  # what was still on its way when its jail ended
+        host, reason = log.printable(host), log.printable(reason)
+        log.emit(
+            log.WARNING if verdict == messages.DENIED else log.INFO,
+            "connection",
+            f"{verdict}: {reason}" if reason else verdict,
+            toolkit=network.toolkit,
+            host=host,
+            address=address,
+            port=port,
+            sent_bytes=sent,
+            received_bytes=received,
+            seconds=ms / 1000,
+            verdict=verdict,
+        )
+        if verdict == messages.DENIED:
+            denial = Denial(self._loop.now(), worker, host, port, reason)
+            network.note(denial)
+            self._on_denied(network.toolkit, denial)
+
+    def _on_closed(self, error: frames.FrameError | None) -> None:
+        """It ended, or broke the protocol: nobody accepts, so the kernel is to refuse."""
+        self._channel = None
+        was_ready = self._is_ready
+        reason = "it ended" if error is None else f"it broke the protocol: {error}"
+        if not was_ready:
+            self._fail(reason)
+            return
+        self._drop_process()
+        log.emit(
+            log.ERROR,
+            "egress_ended",
+            "the egress process ended; connections are refused until its successor is there",
+            reason=reason,
+        )
+        for network in self._jails.values():
+            network.opened()
+        self._restart_later()
+
+    def _restart_later(self) -> None:
+        if self._loop.now() - self._started_at > _STABLE_S:
+            self._restart_s = _FIRST_RESTART_S
+        self._timer = self._loop.call_later(self._restart_s, self._launch)
+        self._restart_s = min(_MAX_RESTART_S, self._restart_s * 2)
+
+    def _fail(self, reason: str) -> None:
+        """It did not come up: at the first time nothing can be served, later it is tried again."""
+        printed = "" if self._output is None else self._output.take().strip()
+        if printed:
+            reason = f"{reason}: {printed[-500:]}"
+        self._drop_process()
+        if self._is_closed:
+            return
+        if not self._was_ready:
+            self._on_failed(EgressError(f"the egress process {reason}"))
+            return
+        log.emit(log.ERROR, "egress_failed", "the egress process did not start", cause=reason)
+        self._restart_later()
+
+    def _drop_process(self) -> None:
+        self._is_ready = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            self._process.kill()
+            self._popen.wait()
+            self._process.close()
+            self._process = None
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        release_id(self._id)
+        self._id = None
+        for network in self._jails.values():
+            for sock in network.listeners:
+                # From LISTEN to CLOSE, still bound: connections are refused, waiting ones reset.
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _usual_authorities() -> str:
+    """What requests trusts, PEM."""
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
+    return Path(DEFAULT_CA_BUNDLE_PATH).read_text(encoding="utf-8")
+
+
+def _what_is_wrong(pid: int, outside_id: int | None) -> str:
+    """What the kernel says of the egress process that it should not; empty if all is well."""
+    try:
+        status = read_status(pid)
+    except ProcessLookupError:
+        return "ended"
+    if status.capabilities:
+        return "still has capabilities"
+    if not status.no_new_privs or not status.is_filtered:
+        return "did not confine itself"
+    if outside_id is not None and status.uid != outside_id:
+        return f"runs as user {status.uid}"
+    return ""
