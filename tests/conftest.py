@@ -24,12 +24,14 @@ import pytest
 from atp_sandbox.admission import ServedTool, admit
 from atp_sandbox.atp.messages import ToolRequest
 from atp_sandbox.discovery import Discovery
+from atp_sandbox.egress.service import Denial
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
 from atp_sandbox.outcome import Failure, Outcome, Success
+from atp_sandbox.policy import EgressPolicy, Reroute
 from atp_sandbox.settings import ToolkitSettings, parse_lifetime
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
 
@@ -40,6 +42,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("patient")
 
 STRICT = Isolation()
+NOWHERE = EgressPolicy()
 PATIENCE_S = 40.0
 """For what takes milliseconds; a machine that is busy with other tests takes longer."""
 
@@ -144,7 +147,9 @@ class Ticket:
 class ServedNode:
     """A node with one toolkit; its loop runs while the test waits for something."""
 
-    def __init__(self, settings: ToolkitSettings, state_dir: Path) -> None:
+    def __init__(
+        self, settings: ToolkitSettings, state_dir: Path, reroutes: Sequence[Reroute] = ()
+    ) -> None:
         self.loop = Loop()
         self.error: SandboxError | None = None
         self.toolkit: ServedToolkit | None = None
@@ -152,7 +157,8 @@ class ServedNode:
         self.tickets: list[Ticket] = []
         self._found: Discovery | None = None
         self._name = settings.name
-        self.node = Node(self.loop, state_dir, self)
+        self.denials: list[Denial] = []
+        self.node = Node(self.loop, state_dir, self, reroutes)
         try:
             self.node.add(settings)
             longest_s = settings.limits.import_time_s + PATIENCE_S
@@ -252,6 +258,9 @@ class ServedNode:
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
         self.stopped_clients.append(client)
 
+    def connection_denied(self, toolkit: str, denial: Denial) -> None:
+        self.denials.append(denial)
+
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         assert isinstance(call.context, Ticket)
         self._finish(call.context, outcome, printed)
@@ -281,6 +290,8 @@ def node_maker(folder: Path) -> Iterator[NodeMaker]:
         env: dict[str, str] | None = None,
         isolation: Isolation = STRICT,
         programs: bool = False,
+        egress: EgressPolicy = NOWHERE,
+        reroutes: Sequence[Reroute] = (),
         **limits: Any,
     ) -> ServedNode:
         place = folder / f"node-{len(made)}"
@@ -298,8 +309,9 @@ def node_maker(folder: Path) -> Iterator[NodeMaker]:
             parse_lifetime("jail" if programs else lifetime),
             isolation,
             programs,
+            egress,
         )
-        node = ServedNode(settings, place / "state")
+        node = ServedNode(settings, place / "state", reroutes)
         made.append(node)
         return node
 
