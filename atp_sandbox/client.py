@@ -43,8 +43,8 @@ class ToolKitClient:
     `none`) and the layers to `waive` by name; `egress`, the hosts that tools may reach
     (`api.example.com:443`), those of them that are `private_ok`, and for which providers the token
     is put in outside the jail (`inject`, provider to hosts); `env`, the environment of the jail,
-    not for secrets; `data`, files and folders that the script needs beside itself; `ws_path`, `0.1` or
-    `0.2`; `state_dir`.
+    not for secrets; `data`, files and folders that the script needs beside itself; `ws_path`,
+    `0.1` or `0.2`; `state_dir`.
     """
 
     def __init__(

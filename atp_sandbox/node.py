@@ -90,6 +90,11 @@ class Node:
     def toolkits(self) -> Iterable[ServedToolkit]:
         return self._toolkits.values()
 
+    @property
+    def egress(self) -> EgressService | None:
+        """None until a toolkit has a network of its own."""
+        return self._egress
+
     def add(self, settings: ToolkitSettings) -> None:
         """Take a snapshot of the toolkit and find out in a jail what it registers.
 
@@ -198,7 +203,7 @@ class Node:
         if self._egress is None:
             self._egress = EgressService(
                 self._loop,
-                needs_landlock=isolation.has_landlock,
+                isolation=isolation,
                 reroutes=self._reroutes,
                 on_failed=partial(self._on_egress_failed, isolation),
                 on_denied=self._listener.connection_denied,
@@ -209,7 +214,7 @@ class Node:
         """Nothing was served yet, and nothing can be: what is refused could not be told apart."""
         for toolkit in self._toolkits.values():
             if toolkit.state is State.DISCOVERING and toolkit.settings.isolation.has_namespaces:
-                failure = SetupFailure("egress", str(error))
+                failure = SetupFailure(error.step, str(error))
                 self._listener.toolkit_failed(toolkit, isolation_error(failure, isolation))
 
     def _provide_cgroups(self, isolation: Isolation) -> None:

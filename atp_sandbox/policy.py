@@ -79,17 +79,22 @@ def parse_endpoint(text: str) -> Endpoint:
     """`HOST[:PORT]` or `*.DOMAIN[:PORT]`, port 443 if none is said; ValueError says why not."""
     if "://" in text or "/" in text:
         raise ValueError(f"{text!r}: write HOST[:PORT] alone, without a scheme or a path")
-    try:
-        ipaddress.ip_address(text.strip("[]"))
-    except ValueError:
-        host, has_port, port_text = text.partition(":")
-    else:
+    host, has_port, port_text = text.partition(":")
+    if text.startswith("[") or _is_address(text) or _is_address(host):
         raise ValueError(f"{text!r} is an address; write the name of its host")
     try:
         port = parse_port(port_text) if has_port else DEFAULT_PORT
         return Endpoint(_parse_host(host), port)
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_host(text: str) -> str:

@@ -6,6 +6,7 @@ called through the same admission as a request from the backend.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 
 from atp_sandbox.admission import ServedTool, admit
@@ -111,6 +113,16 @@ def processes_named(comm: str) -> list[int]:
                 continue
             if name.rstrip("\n") == comm and state not in "ZX":
                 found.append(int(entry))
+    return found
+
+
+def jail_processes(*, recursive: bool = False) -> list[psutil.Process]:
+    """Descendants of this process but for the egress process, which is of no one jail."""
+    found = []
+    for process in psutil.Process().children(recursive=recursive):
+        with contextlib.suppress(psutil.Error):
+            if not any(part.endswith("egress/boot.py") for part in process.cmdline()):
+                found.append(process)
     return found
 
 

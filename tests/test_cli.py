@@ -139,7 +139,10 @@ def test_version_is_printed() -> None:
         (("serve", "a.py", "--env", "1X=2"), ("is no name of an environment variable",)),
         (("serve", "a.py", "--env", "ATP_API_KEY=k"), ("ATP_API_KEY is reserved",)),
         (("serve", "a.py", "--env", "NOT_SET_HERE"), ("NOT_SET_HERE is not set here",)),
-        (("serve", "a.py", "b.py", "--env", "A=1"), ("--env and --data are for one toolkit",)),
+        (
+            ("serve", "a.py", "b.py", "--env", "A=1"),
+            ("--env, --data and --allow are for one toolkit",),
+        ),
         (
             ("serve", "a.py", "--embedded", "--base-url", "http://x"),
             ("--embedded and --base-url exclude each other",),

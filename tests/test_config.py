@@ -179,7 +179,7 @@ def test_all_faults_are_reported_at_once_each_with_its_place(file: Path) -> None
         ("[defaults]\nmemroy = '1G'", "unknown key; did you mean memory?"),
         (
             "[defaults]\nzzz = 1",
-            "allowed: concurrency, cpu, import-time, isolation, lifetime, memory, output",
+            "allowed: concurrency, cpu, egress-bytes, egress-connections, egress-idle, ",
         ),
         ("[defaults]\nisolation = 'loose'", "'loose' is no isolation; write strict, container"),
         ("[defaults]\nisolation = 1", 'found the number 1; allowed: "strict"'),

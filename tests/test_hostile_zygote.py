@@ -12,9 +12,16 @@ import json
 import os
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import LogLine, NodeMaker, ServedNode, Ticket, processes_named, toolkit_text
+from conftest import (
+    LogLine,
+    NodeMaker,
+    ServedNode,
+    Ticket,
+    jail_processes,
+    processes_named,
+    toolkit_text,
+)
 
 from atp_sandbox.errors import ToolkitError
 from atp_sandbox.isolation import Isolation, Waivable
@@ -162,7 +169,7 @@ def test_process_that_an_unconfined_worker_left_ends_its_jail_and_nothing_else(
     make_node: NodeMaker, logged: list[LogLine], tmp_path: Path
 ) -> None:
     node, comm = make_node(toolkit_text(UNCONFINED)), new_comm()
-    jail = psutil.Process().children(recursive=True)
+    jail = jail_processes(recursive=True)
     assert jail
     add_bystander(node, tmp_path)
     beside = begin_at_bystander(node, 1.0)
@@ -346,7 +353,7 @@ HIDDEN = (
         obey(self, message)
 
 
-    def serve_late(plan, registry, enter, channel_fd, output_fd, number, slot):
+    def serve_late(plan, registry, enter, channel_fd, output_fd, number, slot, ticket):
         # Says that it is ready once the next one is asked for, and ends: one is always starting.
         wait_for(lambda: board[64 * (number + 1)])
         os.write(channel_fd, frames.encode("ready", number))
@@ -473,10 +480,10 @@ FORGER = (
         obey(self, message)
 
 
-    def serve_numbered(plan, registry, enter, channel_fd, output_fd, number, slot):
+    def serve_numbered(plan, registry, enter, channel_fd, output_fd, number, slot, ticket):
         global me
         me = number
-        serve(plan, registry, enter, channel_fd, output_fd, number, slot)
+        serve(plan, registry, enter, channel_fd, output_fd, number, slot, ticket)
 
 
     def receive_and_tell(channel, decoder):
@@ -669,10 +676,10 @@ TWO_IN_ONE = (
             first.clear()
 
 
-    def serve_two(plan, registry, enter, channel_fd, output_fd, number, slot):
+    def serve_two(plan, registry, enter, channel_fd, output_fd, number, slot, ticket):
         if first:
             os.write(first[1], frames.encode("ready", first[0]))
-        serve(plan, registry, enter, channel_fd, output_fd, number, slot)
+        serve(plan, registry, enter, channel_fd, output_fd, number, slot, ticket)
 
 
     zygote._obey = join_and_obey

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import NodeMaker, toolkit_text
+from conftest import NodeMaker, jail_processes, toolkit_text
 
 import atp_sandbox.jails.launch as launch_module
 from atp_sandbox.errors import IsolationError
@@ -52,7 +51,7 @@ def test_refused_step_stops_the_start_and_names_layer_cause_and_tip(
     assert shown[1].startswith("cause: ")
     assert "mount " in shown[1]
     assert shown[-1].startswith("tip: ")
-    node.until(lambda: not psutil.Process().children(), "no process and no zombie left", 5.0)
+    node.until(lambda: not jail_processes(), "no process and no zombie left", 5.0)
 
 
 def test_every_step_that_the_jail_names_has_a_remedy() -> None:

@@ -167,6 +167,9 @@ def test_environment_is_exactly_what_was_built(node: ServedNode) -> None:
     found = node.inside(look)
     scratch = found.pop("HOME")
     assert found.pop("TMPDIR") == scratch
+    number, ticket = found.pop("LOCALDOMAIN").removeprefix("worker-").split("-")
+    proxy = f"http://worker-{number}:{ticket}@127.128.0.1:3128"
+    assert len(ticket) == 32
     one_thread = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB_MAXIMUM")
     assert found == {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -175,6 +178,8 @@ def test_environment_is_exactly_what_was_built(node: ServedNode) -> None:
         "LOGNAME": "sandbox",
         "ATP_API_KEY": "sandbox-placeholder",
         "REGION": "eu",
+        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), proxy),
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), "localhost,127.0.0.1,::1"),
         **{f"{library}_NUM_THREADS": "1" for library in one_thread},
     }
 

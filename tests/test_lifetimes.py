@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import NodeMaker, ServedNode, processes_named, toolkit_text
+from conftest import NodeMaker, ServedNode, jail_processes, processes_named, toolkit_text
 
 from atp_sandbox.outcome import Kind
 
@@ -164,7 +164,7 @@ def test_scratch_is_limited_in_size_and_files(make_node: NodeMaker) -> None:
 
 def warden_of_this_process() -> psutil.Process:
     """The one jail's first process, which is a child of ours."""
-    children = psutil.Process().children()
+    children = jail_processes()
     (warden,) = (child for child in children if child.status() != psutil.STATUS_ZOMBIE)
     return warden
 

@@ -326,9 +326,9 @@ def test_killed_supervisor_leaves_no_process_of_ours(kit: Path, tmp_path: Path) 
         def is_complete() -> bool:
             """The jail's builder is gone, which would notice only at its next word."""
             supervisor, *others = serve.family()
-            return len(others) == 3 and len(supervisor.children()) == 2
+            return len(others) == 4 and len(supervisor.children()) == 3
 
-        wait_until(is_complete, "backend, warden and zygote, and nobody else")
+        wait_until(is_complete, "backend, egress process, warden and zygote, and nobody else")
         family = serve.family()
         os.kill(serve.process.pid, signal.SIGKILL)
         wait_until_gone(family, timeout_s=1.0)

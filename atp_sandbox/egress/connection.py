@@ -81,8 +81,6 @@ class Connection:
         self._tell = tell
         self._catch_up = catch_up
         self.report = Report(messages.ANY_WORKER)
-        self._is_tunnel = False
-        """Whether a tunnel was granted: from then on no proxy's answer can be given."""
 
     async def serve(self) -> None:
         """Until it is over; never raises but when cancelled."""
@@ -147,7 +145,7 @@ class Connection:
             )
             self._tell(self.gate, self.report)
             self.report = Report(self.report.worker)
-            if self._is_tunnel:
+            if front.has_answered:
                 return False
             await front.refuse(error)
         return True
@@ -158,13 +156,11 @@ class Connection:
             if early:
                 raise Denied("was sent data before the proxy's answer")
             await front.accept_tunnel()
-            self._is_tunnel = True
             await self._tls.serve(self._client, target, self)
             return
         upstream = await self.dial(target)
         with upstream:
             await front.accept_tunnel()
-            self._is_tunnel = True
             await self._relay(upstream, target, early)
 
     async def _tunnel(self, target: Target, early: bytes) -> None:

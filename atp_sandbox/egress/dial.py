@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import encodings.idna  # noqa: F401  # getaddrinfo needs it, and later no file can be read
 import itertools
 import socket
 from collections.abc import Iterable

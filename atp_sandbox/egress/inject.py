@@ -279,6 +279,9 @@ class _Relay:
         secrets = self._secrets()
         head = _forwarded(request, self._host, self._port, secrets)
         self._tokens |= set(secrets.values())
+        if not _has_body(request.headers):  # then its end waits for nothing
+            await self._client.next_event(self._count_sent)
+            self._body_is_read = True
         await self._exchange(head)
         if self._upstream is not None and not self._upstream.start_next():
             self._drop_upstream()
@@ -453,6 +456,9 @@ def _forwarded(
     headers, target = request.headers, request.target
     if request.http_version not in (b"1.0", b"1.1"):
         raise Denied("a request that is not proper HTTP/1.1")
+    # h11 bounds what is not whole yet; this is a head that came in one read with another's end.
+    if sum(len(name) + len(value) for name, value in headers) + len(target) > MAX_HEAD_BYTES:
+        raise Denied("a request whose head is too long")
     if request.method in (b"CONNECT", b"TRACE"):
         raise Denied("a method that is not for this host")  # TRACE tells what it was sent
     if not target.startswith(b"/") and (request.method, target) != (b"OPTIONS", b"*"):
@@ -486,6 +492,14 @@ def _end_to_end(raw: Headers, headers: Headers) -> list[tuple[bytes, bytes]]:
     # A Connection header that names what frames a body shall not take the framing away.
     dropped = _HOP_BY_HOP | ({name.strip() for name in named} - {b"content-length"})
     return [(name, value) for name, value in raw if name.lower() not in dropped]
+
+
+def _has_body(headers: Headers) -> bool:
+    """Whether any byte may come: h11 has checked that a length is a number."""
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
+        for name, value in headers
+    )
 
 
 def _is_plain(headers: Headers) -> bool:

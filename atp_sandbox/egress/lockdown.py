@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from workers.confinement import (
@@ -57,7 +58,12 @@ _NOBODY_ELSE = Group(
 
 
 class Refused(Exception):
-    """A part of the lock-down was refused; says which."""
+    """A step of the lock-down was refused, or does not hold."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(f"{step}: {reason}")
+        self.step = step
+        self.reason = reason
 
 
 def profile() -> Profile:
@@ -77,24 +83,27 @@ def profile() -> Profile:
     )
 
 
-def lock_down(outside_id: int | None, *, needs_landlock: bool) -> None:
+def lock_down(outside_id: int | None, *, has_landlock: bool, has_seccomp: bool) -> None:
     """Confine this process for good and see that it holds; Refused.
 
     To be called while there is one thread, with everything imported. `outside_id`: the user to
-    become, if this is root's.
+    become, if this is root's. A layer that was waived is done without.
     """
     if threading.active_count() != 1:
-        raise Refused("there is more than one thread")
+        raise Refused("start", "there is more than one thread")
     if outside_id is not None:
         _step("identity", namespaces.become_user, outside_id)
-    _step("resource limits", privileges.set_resource_limits, _RESOURCE_LIMITS)
+    _step("resource_limits", privileges.set_resource_limits, _RESOURCE_LIMITS)
     _step("capabilities", privileges.drop_capabilities)
-    if needs_landlock:
+    if has_landlock:
         _step("landlock", _restrict_files)
-    program = _step("seccomp", seccomp.compile_profile, profile(), syscalls.MACHINE)
-    _step("seccomp", seccomp.install, program)
-    _step("seccomp", seccomp.verify_answers, profile())
-    _see_that_it_holds(needs_landlock=needs_landlock)
+    if has_seccomp:
+        program = _step("seccomp", seccomp.compile_profile, profile(), syscalls.MACHINE)
+        _step("seccomp", seccomp.install, program)
+        _step("seccomp", seccomp.verify_answers, profile())
+        _refuse_if("seccomp", "an AF_UNIX socket could be made", _make_unix_socket)
+    if has_landlock:
+        _refuse_if("landlock", "a file that is not the resolver's could be read", _read_a_file)
 
 
 def _restrict_files() -> None:
@@ -105,19 +114,23 @@ def _restrict_files() -> None:
     landlock.enter_reading(sorted(set(paths)), support.abi)
 
 
-def _see_that_it_holds(*, needs_landlock: bool) -> None:
-    """The claims of this module, tried."""
+def _make_unix_socket() -> None:
+    socket.socket(socket.AF_UNIX).close()
+
+
+def _read_a_file() -> None:
+    os.close(os.open("/proc/self/status", os.O_RDONLY))
+
+
+def _refuse_if(step: str, reason: str, attempt: Callable[[], None]) -> None:
+    """A claim of this module, tried."""
     with contextlib.suppress(OSError):
-        socket.socket(socket.AF_UNIX).close()
-        raise Refused("an AF_UNIX socket could be made")
-    if needs_landlock:
-        with contextlib.suppress(OSError):
-            os.close(os.open("/proc/self/status", os.O_RDONLY))
-            raise Refused("a file outside of the resolver's could be read")
+        attempt()
+        raise Refused(step, f"does not hold: {reason}")
 
 
 def _step(name: str, action: Any, *arguments: Any) -> Any:
     try:
         return action(*arguments)
     except OSError as error:
-        raise Refused(f"{name}: {error.strerror or error}") from error
+        raise Refused(name, error.strerror or str(error)) from error

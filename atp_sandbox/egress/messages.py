@@ -25,7 +25,7 @@ TO_EGRESS: Final = {
 }
 FROM_EGRESS: Final = {
     "ready": (),  # confined, from here on with nothing but sockets
-    "refused": (STR,),  # what of its confinement was refused
+    "refused": (STR, STR),  # step of its confinement, what was refused
     "opened": (INT,),  # jail: it accepts
     "connection": (INT, INT, STR, (NONE, INT), STR, INT, INT, INT, STR, STR),
     # jail, worker (see Who), host, port, address, bytes sent, received, ms, verdict, reason
@@ -47,7 +47,7 @@ def ticket(key: bytes, worker: int) -> str:
 
 
 def worker_of(key: bytes, name: str, given: str) -> int | None:
-    """The worker that calls itself `name` (`worker-7`) and shows the ticket `given`; None: nobody.
+    """The worker called `name` (`worker-7`) if it shows its ticket, `given`; None: nobody.
 
     0 is the import.
     """
@@ -55,4 +55,4 @@ def worker_of(key: bytes, name: str, given: str) -> int | None:
     if kind != "worker" or not number.isascii() or not number.isdigit() or len(number) > 18:
         return None
     expected = ticket(key, int(number))
-    return int(number) if hmac.compare_digest(expected, given.encode().decode("latin-1")) else None
+    return int(number) if hmac.compare_digest(expected.encode(), given.encode()) else None

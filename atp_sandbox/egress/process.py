@@ -51,9 +51,13 @@ def run(config: dict[str, Any]) -> None:
     loop.set_default_executor(ThreadPoolExecutor(_RESOLVER_THREADS, "resolver"))
     _allow_descriptors()
     try:
-        lock_down(config["outside_id"], needs_landlock=config["needs_landlock"])
+        lock_down(
+            config["outside_id"],
+            has_landlock=config["has_landlock"],
+            has_seccomp=config["has_seccomp"],
+        )
     except Refused as refused:
-        channel.sendall(frames.encode("refused", f"cannot confine itself: {refused}"))
+        channel.sendall(frames.encode("refused", refused.step, refused.reason))
         return
     resolver = Rerouted([tuple(row) for row in config["reroutes"]], SystemResolver())
     server = EgressServer(loop, channel, resolver, tls)

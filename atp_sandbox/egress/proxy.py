@@ -64,6 +64,8 @@ class Front:
         self._client = client
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
         self.request = Request()
+        self.has_answered = False
+        """From then on nothing more can be said in HTTP: a tunnel stands, or the host answers."""
 
     async def read(self) -> Request | None:
         """The request, decided upon; None if none came. Raises Denied, which `refuse` can tell."""
@@ -92,6 +94,7 @@ class Front:
         """200: from here on the connection is the client's and the host's."""
         answer = h11.Response(status_code=200, headers=[], reason=b"connected")
         await self._send(self._http.send(answer))
+        self.has_answered = True
 
     async def refuse(self, error: Denied | Failed) -> None:
         """Say in the status line what is refused, and why."""
@@ -216,6 +219,7 @@ class Front:
             meter.received_bytes += len(data)
             if meter.sent_bytes + meter.received_bytes > self._gate.policy.limits.bytes:
                 raise Denied("took more bytes than one connection may")
+            self.has_answered = True
             await loop.sock_sendall(self._client, data)
 
     async def _send(self, data: bytes | None) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from atp_sandbox import log
 from atp_sandbox.egress import messages
 from atp_sandbox.egress.authority import Authority, make_authority
+from atp_sandbox.isolation import Isolation
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.launch import allocate_id, release_id
 from atp_sandbox.jails.output import OutputPipe
@@ -42,6 +43,7 @@ _STABLE_S = 10.0
 _KEY_BYTES = 32
 _KEPT_DENIALS = 64
 """Of one jail: answers name a few, and a hostile tool makes any number."""
+_KEPT_ENDED = 1_000
 _TOLD_DENIALS = 8
 """In one answer."""
 _CERTIFICATE_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -49,7 +51,11 @@ _CERTIFICATE_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class EgressError(Exception):
-    """The egress process cannot be started or confined; says what was refused."""
+    """The egress process cannot be started or confined: the step, and what was refused."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(f"the egress process: {reason}")
+        self.step = step
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,21 +160,25 @@ class EgressService:
         self,
         loop: Loop,
         *,
-        needs_landlock: bool,
+        isolation: Isolation,
         reroutes: Sequence[Reroute] = (),
         on_failed: Callable[[EgressError], None],
         on_denied: Callable[[str, Denial], None],
     ) -> None:
-        """`on_failed` if it cannot be confined or does not start; `on_denied(toolkit, denial)` for
+        """`isolation` says what of its confinement is waived.
+
+        `on_failed` if it cannot be confined or does not start; `on_denied(toolkit, denial)` for
         every connection that the policy refused.
         """
         self._loop = loop
-        self._needs_landlock = needs_landlock
+        self._isolation = isolation
         self._reroutes = reroutes
         self._on_failed = on_failed
         self._on_denied = on_denied
         self._numbers = itertools.count(1)
         self._jails: dict[int, JailNetwork] = {}
+        self._ended: dict[int, str] = {}
+        """Toolkits of the jails that ended last."""
         self._authorities: dict[tuple[str, ...], Authority] = {}
         self._injects = False
         self._is_started = False
@@ -240,6 +250,10 @@ class EgressService:
     def forget_jail(self, network: JailNetwork) -> None:
         if self._jails.pop(network.number, None) is not None and network.listeners:
             self.send("close", network.number)
+            # Its last connections are told of when they have ended.
+            self._ended[network.number] = network.toolkit
+            if len(self._ended) > _KEPT_ENDED:
+                del self._ended[next(iter(self._ended))]
 
     def _hand_over(self, network: JailNetwork) -> None:
         assert self._channel is not None
@@ -273,7 +287,8 @@ class EgressService:
                 "path": sys.path,
                 "channel_fd": theirs.fileno(),
                 "outside_id": self._id,
-                "needs_landlock": self._needs_landlock,
+                "has_landlock": self._isolation.has_landlock,
+                "has_seccomp": self._isolation.has_seccomp,
                 "reroutes": [
                     [one.endpoint.host, one.endpoint.port, list(one.addresses), one.port]
                     for one in self._reroutes
@@ -294,7 +309,7 @@ class EgressService:
             )
         except OSError as error:
             ours.close()
-            self._fail(f"cannot be launched: {error.strerror}")
+            self._fail(f"it cannot be launched: {error.strerror}")
             return
         finally:
             theirs.close()
@@ -313,14 +328,14 @@ class EgressService:
         self._timer = self._loop.call_later(_START_S, self._on_start_timeout)
 
     def _on_start_timeout(self) -> None:
-        self._fail(f"was not ready within {_START_S:.0f} s")
+        self._fail(f"it was not ready within {_START_S:.0f} s")
 
     def _on_message(self, message: frames.Message, _sender: int) -> None:
         match message[0]:
             case "ready" if not self._is_ready:
                 self._on_ready()
             case "refused" if not self._is_ready:
-                self._fail(message[1])
+                self._fail(message[2], step=message[1])
             case "opened" if message[1] in self._jails:
                 self._jails[message[1]].opened()
             case "connection":
@@ -328,7 +343,7 @@ class EgressService:
 
     def _on_ready(self) -> None:
         assert self._process is not None
-        wrong = _what_is_wrong(self._process.pid, self._id)
+        wrong = _what_is_wrong(self._process.pid, self._id, self._isolation)
         if wrong:
             self._fail(wrong)
             return
@@ -357,14 +372,15 @@ class EgressService:
         reason: str,
     ) -> None:
         network = self._jails.get(jail)
-        if network is None or verdict not in messages.VERDICTS:
-            return  # what was still on its way when its jail ended
+        toolkit = self._ended.get(jail) if network is None else network.toolkit
+        if toolkit is None or verdict not in messages.VERDICTS:
+            return
         host, reason = log.printable(host), log.printable(reason)
         log.emit(
             log.WARNING if verdict == messages.DENIED else log.INFO,
             "connection",
             f"{verdict}: {reason}" if reason else verdict,
-            toolkit=network.toolkit,
+            toolkit=toolkit,
             host=host,
             address=address,
             port=port,
@@ -375,8 +391,9 @@ class EgressService:
         )
         if verdict == messages.DENIED:
             denial = Denial(self._loop.now(), worker, host, port, reason)
-            network.note(denial)
-            self._on_denied(network.toolkit, denial)
+            if network is not None:
+                network.note(denial)
+            self._on_denied(toolkit, denial)
 
     def _on_closed(self, error: frames.FrameError | None) -> None:
         """It ended, or broke the protocol: nobody accepts, so the kernel is to refuse."""
@@ -403,7 +420,7 @@ class EgressService:
         self._timer = self._loop.call_later(self._restart_s, self._launch)
         self._restart_s = min(_MAX_RESTART_S, self._restart_s * 2)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, step: str = "egress") -> None:
         """It did not come up: at the first time nothing can be served, later it is tried again."""
         printed = "" if self._output is None else self._output.take().strip()
         if printed:
@@ -412,7 +429,7 @@ class EgressService:
         if self._is_closed:
             return
         if not self._was_ready:
-            self._on_failed(EgressError(f"the egress process {reason}"))
+            self._on_failed(EgressError(step, reason))
             return
         log.emit(log.ERROR, "egress_failed", "the egress process did not start", cause=reason)
         self._restart_later()
@@ -449,16 +466,16 @@ def _usual_authorities() -> str:
     return Path(DEFAULT_CA_BUNDLE_PATH).read_text(encoding="utf-8")
 
 
-def _what_is_wrong(pid: int, outside_id: int | None) -> str:
+def _what_is_wrong(pid: int, outside_id: int | None, isolation: Isolation) -> str:
     """What the kernel says of the egress process that it should not; empty if all is well."""
     try:
         status = read_status(pid)
     except ProcessLookupError:
-        return "ended"
+        return "it ended"
     if status.capabilities:
-        return "still has capabilities"
-    if not status.no_new_privs or not status.is_filtered:
-        return "did not confine itself"
+        return "it still has capabilities"
+    if not status.no_new_privs or (isolation.has_seccomp and not status.is_filtered):
+        return "it did not confine itself"
     if outside_id is not None and status.uid != outside_id:
-        return f"runs as user {status.uid}"
+        return f"it runs as user {status.uid}"
     return ""

@@ -3,7 +3,8 @@
 The backend is an asyncio server in a thread of its own, HTTP/1.1 and RFC 6455 by hand, so that a
 test can also send what a well-behaved server never would. `Cell` is a network namespace: the
 supervisor and every listening socket live in it, so that not even a sandbox that fails reaches a
-real network.
+real network. `StandIn` and `DnsSink` are what an egress process finds there: the hosts that its
+policies name, and the only resolver.
 """
 
 from __future__ import annotations
@@ -18,20 +19,28 @@ import itertools
 import json
 import os
 import socket
+import ssl
 import struct
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+
+import trustme
 
 T = TypeVar("T")
 
 METADATA = "169.254.169.254"
+PUBLIC = "45.67.89.1"
+"""Of no special block; in a cell it is the cell's own."""
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _SIOCSIFADDR, _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8916, 0x8914, 0x41
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
@@ -42,9 +51,12 @@ class Cell:
     Where that is not permitted (no root), it is the machine's own, and `is_private` is false.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resolver: Path | None = None) -> None:
+        """`resolver`: a file that its processes see as /etc/resolv.conf, if it is private."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cell")
+        self._resolver = resolver
         self.is_private: bool = self.run(self._enter)
+        self.has_resolver = self.is_private and resolver is not None
 
     def run(self, function: Callable[[], T]) -> T:
         return self._thread.submit(function).result(120)
@@ -52,18 +64,207 @@ class Cell:
     def close(self) -> None:
         self._thread.shutdown()
 
-    @staticmethod
-    def _enter() -> bool:
-        if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
+    def _enter(self) -> bool:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNET) != 0:
             return False
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             up = struct.pack("16sH22x", b"lo", _IFF_UP_RUNNING)
             fcntl.ioctl(control, _SIOCSIFFLAGS, up)
-            address = struct.pack(
-                "16sHH4s16x", b"lo:1", socket.AF_INET, 0, socket.inet_aton(METADATA)
+            for name, address in ((b"lo:1", METADATA), (b"lo:2", PUBLIC)):
+                packed = socket.inet_aton(address)
+                request = struct.pack("16sHH4s16x", name, socket.AF_INET, 0, packed)
+                fcntl.ioctl(control, _SIOCSIFADDR, request)
+        if self._resolver is not None:
+            place = os.path.realpath("/etc/resolv.conf").encode()
+            steps = (
+                libc.unshare(_CLONE_NEWNS),
+                libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None),
+                libc.mount(
+                    os.fsencode(self._resolver), place, None, ctypes.c_ulong(_MS_BIND), None
+                ),
             )
-            fcntl.ioctl(control, _SIOCSIFADDR, address)
+            assert steps == (0, 0, 0), f"a resolver for the cell: {os.strerror(ctypes.get_errno())}"
         return True
+
+
+class DnsSink:
+    """The cell's only resolver, over UDP and TCP: knows no name, and keeps every question."""
+
+    ADDRESS = "127.0.0.1"
+
+    def __init__(self, cell: Cell) -> None:
+        self.questions: list[str] = []
+        self._datagrams, self._listener = cell.run(self._open)
+        for work in (self._answer_datagrams, self._answer_streams):
+            threading.Thread(target=work, name="dns", daemon=True).start()
+
+    def close(self) -> None:
+        for sock in (self._datagrams, self._listener):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def _open(self) -> tuple[socket.socket, socket.socket]:
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.bind((self.ADDRESS, 53))
+        return datagrams, socket.create_server((self.ADDRESS, 53))
+
+    def _answer_datagrams(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                question, asker = self._datagrams.recvfrom(4096)
+                if question:
+                    self._datagrams.sendto(self._answer(question), asker)
+
+    def _answer_streams(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                stream, _ = self._listener.accept()
+                with stream, contextlib.suppress(OSError):
+                    stream.settimeout(2)
+                    question = stream.recv(4096)[2:]
+                    answer = self._answer(question)
+                    stream.sendall(struct.pack(">H", len(answer)) + answer)
+
+    def _answer(self, question: bytes) -> bytes:
+        """NXDOMAIN: RFC 1035, section 4.1.1."""
+        labels, position = [], 12
+        while 0 < (size := question[position] if position < len(question) else 0) < 64:
+            labels.append(question[position + 1 : position + 1 + size].decode("latin-1"))
+            position += 1 + size
+        self.questions.append(".".join(labels).lower() or "?")
+        end = position + 5
+        return question[:2] + b"\x81\x83\0\1\0\0\0\0\0\0" + question[12:end]
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What one connection brought a stand-in."""
+
+    place: str
+    """Which of its sockets."""
+    is_tls: bool = False
+    raw: bytes = b""
+    """Its beginning; of TLS, what was in it."""
+    received_bytes: int = 0
+
+
+class StandIn:
+    """The web server behind every allowed name: `http`, `https` and, in a cell, `public`.
+
+    Answers each connection's first request, and keeps whatever came, before and after. Where TLS
+    is expected it also answers plain text, as lenient servers do. `/sink` takes and says nothing.
+    """
+
+    KEPT_BYTES = 64 * 1024
+    UNPACKED_MIB = 5 * 1024
+
+    def __init__(self, cell: Cell, names: list[str]) -> None:
+        self.redirects: list[str] = []
+        """Where `/redirect-private` leads, one after the other; the last one stays."""
+        self.arrivals: list[Arrival] = []
+        self._open = 0
+        self._changed = threading.Condition()
+        authority = trustme.CA()
+        self.authority_pem = authority.cert_pem.bytes().decode()
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(*names).configure_cert(self._context)
+        self._bomb = _gzip_bomb(self.UNPACKED_MIB)
+        self._listeners = cell.run(lambda: self._listen(cell.is_private))
+        self.ports: dict[str, int] = {
+            place: listener.getsockname()[1] for place, listener in self._listeners.items()
+        }
+        for place, listener in self._listeners.items():
+            threading.Thread(target=self._accept, args=(place, listener), daemon=True).start()
+
+    def close(self) -> None:
+        for listener in self._listeners.values():
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def wait_quiet(self, timeout_s: float) -> bool:
+        """Whether no connection is open, so that `arrivals` are complete."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._open == 0, timeout_s)
+
+    def _listen(self, with_public: bool) -> dict[str, socket.socket]:
+        opened = {p: socket.create_server(("127.0.0.1", 0)) for p in ("http", "https")}
+        if with_public:
+            opened["public"] = socket.create_server((PUBLIC, 80))
+        return opened
+
+    def _accept(self, place: str, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                arrival = Arrival(place)
+                with self._changed:
+                    self._open += 1
+                    self.arrivals.append(arrival)
+                threading.Thread(target=self._serve, args=(sock, arrival), daemon=True).start()
+
+    def _serve(self, sock: socket.socket, arrival: Arrival) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                sock.settimeout(30)
+                if arrival.place == "https" and sock.recv(1, socket.MSG_PEEK) == b"\x16":
+                    arrival.is_tls = True
+                    sock = self._context.wrap_socket(sock, server_side=True)
+                self._converse(sock, arrival)
+        finally:
+            sock.close()
+            with self._changed:
+                self._open -= 1
+                self._changed.notify_all()
+
+    def _converse(self, sock: socket.socket, arrival: Arrival) -> None:
+        is_answered = False
+        while data := sock.recv(256 * 1024):
+            arrival.received_bytes += len(data)
+            arrival.raw += data[: max(0, self.KEPT_BYTES - len(arrival.raw))]
+            is_whole = b"\r\n\r\n" in arrival.raw or not arrival.raw[:5].isalpha()
+            line = arrival.raw.split(b"\r\n", 1)[0]
+            if is_answered or b" /sink " in line or not (is_whole or arrival.place == "https"):
+                continue
+            is_answered = True
+            with contextlib.suppress(OSError):
+                sock.sendall(self._answer(line, arrival.raw))
+                if not arrival.is_tls:
+                    sock.shutdown(socket.SHUT_WR)
+                else:
+                    sock.unwrap()
+
+    def _answer(self, line: bytes, raw: bytes) -> bytes:
+        target = (line.split(b" ") + [b"", b""])[1].partition(b"?")[0]
+        status, more, body = b"200 OK", b"", b"ok"
+        match target:
+            case b"/redirect-private":
+                place = self.redirects.pop(0) if len(self.redirects) > 1 else self.redirects[0]
+                status, more, body = b"302 Found", b"Location: %b\r\n" % place.encode(), b""
+            case b"/whoami" | b"/echo":
+                hosts = [h for h in raw.split(b"\r\n") if h.lower().startswith(b"host:")]
+                body = b"\n".join(hosts)
+            case b"/gzip-bomb":
+                more, body = b"Content-Encoding: gzip\r\n", self._bomb
+            case b"/ws" if b"\r\nupgrade: websocket" in raw.lower():
+                return b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n"
+            case b"/ws":
+                status = b"426 Upgrade Required"
+        return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (
+            status,
+            more,
+            len(body),
+            body,
+        )
+
+
+def _gzip_bomb(unpacked_mib: int) -> bytes:
+    """A few megabytes that unpack to so many; its end, which nobody reaches, is left out."""
+    packer = zlib.compressobj(9, wbits=-15)
+    block = packer.compress(bytes(16 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + block * (unpacked_mib // 16)
 
 
 class Honeypots:
@@ -71,11 +272,15 @@ class Honeypots:
 
     def __init__(self, cell: Cell, folder: str) -> None:
         self.visits: list[str] = []
+        self.sink = DnsSink(cell) if cell.has_resolver else None
+        self._questions = 0
         self.path = os.path.join(folder, "honey.sock")
         self.abstract = f"hostile-honey-{os.getpid()}-{time.monotonic_ns()}"
         self.sockets: dict[str, socket.socket] = cell.run(lambda: self._open(cell.is_private))
         self.port: int = self.sockets["127.0.0.1"].getsockname()[1]
         self.dns: str = "127.0.0.1#{}".format(self.sockets["dns"].getsockname()[1])
+        if self.sink is not None:
+            self.dns = f"{DnsSink.ADDRESS}#53"
 
     def _open(self, with_metadata: bool) -> dict[str, socket.socket]:
         opened = {}
@@ -84,8 +289,8 @@ class Honeypots:
             with contextlib.suppress(OSError):
                 opened[host] = socket.create_server((host, 0), family=family)
         if with_metadata:
-            for port in (80, 443):
-                opened[f"{METADATA}:{port}"] = socket.create_server((METADATA, port))
+            for host, port in itertools.product((METADATA, "127.0.0.1"), (80, 443)):
+                opened[f"{host}:{port}"] = socket.create_server((host, port))
         for name, address in (("path", self.path), ("abstract", "\0" + self.abstract)):
             opened[name] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             opened[name].bind(address)
@@ -109,11 +314,17 @@ class Honeypots:
                 except OSError:
                     break
                 self.visits.append(name)
+        if self.sink is not None:
+            asked = self.sink.questions[self._questions :]
+            self._questions += len(asked)
+            self.visits += [f"dns: {name}" for name in asked]
         return list(self.visits)
 
     def close(self) -> None:
         for one in self.sockets.values():
             one.close()
+        if self.sink is not None:
+            self.sink.close()
 
 
 @dataclass(slots=True)

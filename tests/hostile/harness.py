@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .backend import Backend, Cell, Honeypots, Reply, Sample
+from .backend import METADATA, PUBLIC, Backend, Cell, Honeypots, Reply, Sample, StandIn
 
 CORPUS = Path(__file__).parent / "corpus"
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,9 @@ ALWAYS = ("O1", "O2", "O3", "O6", "O7", "O11")
 PROXY_CATEGORY = "Egress proxy"
 EGRESS_CONTROL = "G12"
 """The one control that fetches something; its feature is egress, like that of the X cases."""
+ALLOWED = "allowed.example"
+ALLOWED_OTHER = "other-provider.example"
+EGRESS_BYTES = 32 * 1024 * 1024
 
 TIME_S = 2.0
 BYSTANDER_P99_S = 0.25
@@ -199,6 +202,7 @@ class Serve:
         command: Sequence[str] = (sys.executable, "-m", "atp_sandbox"),
         before_exec: Callable[[], None] | None = None,
         state: Path | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -215,6 +219,7 @@ class Serve:
             "json",
             "--state-dir",
             str(self.state),
+            *options,
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ATP_API_KEY", None)
@@ -449,7 +454,7 @@ class Session:
         self.key_file = folder / "key"
         self.key_file.write_text(self.api_key)
         self.key_file.chmod(0o600)
-        self.cell = Cell()
+        self.cell = self._make_cell()
         self.backend = Backend(self.cell)
         self.honeypots = Honeypots(self.cell, str(folder))
         self.canaries = Canaries(folder / "canaries")
@@ -458,11 +463,17 @@ class Session:
         toolkits = {name: corpus_toolkit(name) for name in dict.fromkeys(("good", *files))}
         for name, values in (overrides or {}).items():
             toolkits[name] = {**toolkits.get(name, {}), **values}
+        options = self._prepare(toolkits)
         config = configuration(self.backend, self.key_file, toolkits, **defaults)
         self.serve: Serve | None = None
         try:
             self.serve = Serve(
-                self.cell, folder / "serve", config, command=command, before_exec=before_exec
+                self.cell,
+                folder / "serve",
+                config,
+                command=command,
+                before_exec=before_exec,
+                options=options,
             )
             self.serve.wait_event("ready")
             self.backend.bystanders = {"ok_echo": {"arm": ARM, "value": 1}}
@@ -483,6 +494,24 @@ class Session:
     def supervisor(self) -> Serve:
         assert self.serve is not None
         return self.serve
+
+    # -- what other kinds of session have beside it ------------------------------------------------
+
+    def _make_cell(self) -> Cell:
+        return Cell()
+
+    def _prepare(self, toolkits: dict[str, dict[str, Any]]) -> Sequence[str]:
+        """Change the tables of `toolkits` before they are served; gives options of `serve`."""
+        return ()
+
+    def begin_case(self) -> None:
+        """A case begins."""
+
+    def judge_further(self, verdict: Verdict) -> None:
+        """What only this kind of session can say of a case that has ended."""
+
+    def placeholders(self) -> dict[str, Any]:
+        return {}
 
     # -- how it is at rest -------------------------------------------------------------------------
 
@@ -506,7 +535,7 @@ class Session:
         self.resting_processes, self.resting_files, self.resting_threads = last
         self.resting_slots = self._scratch_state()
         self.shared_before = _shared_entries()
-        self.mounts_before = _mounts()
+        self.mounts_before = _mounts(serve.pid)
         self.connection = self.backend.link
         self.jail_uids = self._jail_uids()
 
@@ -595,6 +624,8 @@ class Session:
             "$FRAMING": "be32",
             "$SHAPE": _PROTOCOL_SHAPE,
             "$DEADLINE": self.time_s,
+            "$ALLOWED_OTHER": ALLOWED_OTHER,
+            **self.placeholders(),
             **also,
         }
         if value == "$BYSTANDER_PID":
@@ -608,7 +639,13 @@ class Session:
             )
         if value in known:
             return known[value]
-        return value.replace("$RANDOM", secrets.token_hex(8)).replace("$DNS_ZONE", "canary.invalid")
+        for name, text in (
+            ("$RANDOM", secrets.token_hex(8)),
+            ("$DNS_ZONE", "canary.invalid"),
+            ("$ALLOWED", ALLOWED),
+        ):
+            value = value.replace(name, text)
+        return value
 
     # -- one case ----------------------------------------------------------------------------------
 
@@ -756,6 +793,142 @@ class Session:
         return problems
 
 
+# -- a session whose toolkits have a way out -------------------------------------------------------
+
+
+_NEVER_SENT = (b"hostile-canary", b"smuggled", b"d=secret", b"SSH-2.0", b"EHLO", b"canary.invalid")
+"""What is in the cases' requests that must be refused, and in no other."""
+_HONEYPOT_HOST = f"honeypot.{ALLOWED}"
+
+_NEIGHBOUR = """\
+import os
+import ssl
+import urllib.request
+
+from atp_sdk.clients import ToolKitClient
+
+AUTHORITY = {authority!r}
+client = ToolKitClient(api_key="k", app_name="neighbour")
+
+
+def tool(function):
+    return client.register_tool(
+        function_name=function.__name__,
+        params=["url"],
+        required_params=[],
+        description="the harness's own",
+        auth_provider=None,
+        auth_type=None,
+        auth_with=None,
+    )(function)
+
+
+@tool
+def neighbour_credentials(**_):
+    return os.environ["HTTPS_PROXY"].partition("//")[2].rpartition("@")[0]
+
+
+@tool
+def neighbour_fetch(**given):
+    context = ssl.create_default_context(cadata=AUTHORITY)
+    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
+    try:
+        with opener.open(given["url"], timeout=5) as answer:
+            return answer.read(100).decode()
+    except OSError as error:
+        return "failed: " + str(error)
+
+
+client.start()
+"""
+"""Not hostile: does what its policy allows, to show that the oracles would see it."""
+
+
+class EgressSession(Session):
+    """Its toolkits may reach the stand-ins of `$ALLOWED` and a few other names, and no more.
+
+    In a cell the sink for DNS is the only resolver, and every name that a case is allowed to reach
+    is rerouted: so no question at all may get to it.
+    """
+
+    def _make_cell(self) -> Cell:
+        resolver = self.folder / "resolv.conf"
+        resolver.write_text("nameserver 127.0.0.1\noptions timeout:2 attempts:1\n")
+        resolver.chmod(0o644)
+        return Cell(resolver)
+
+    def _prepare(self, toolkits: dict[str, dict[str, Any]]) -> Sequence[str]:
+        self._seen = 0
+        self._others: str | None = None
+        self.stand_in = StandIn(self.cell, [ALLOWED])
+        neighbour = self.folder / "neighbour.py"
+        neighbour.write_text(_NEIGHBOUR.format(authority=self.stand_in.authority_pem))
+        toolkits["neighbour"] = {"path": str(neighbour)}
+        both = [f"{host}:{port}" for host in (ALLOWED, f"*.{ALLOWED}") for port in (80, 443)]
+        hostile = [*both, f"{ALLOWED_OTHER}:80"]
+        policies = {
+            # Without a pattern: it gets there by the name's address in the jail, not by the proxy.
+            "good": ([f"{ALLOWED}:80"], [ALLOWED]),
+            "neighbour": ([*both, f"{_HONEYPOT_HOST}:80"], [ALLOWED, _HONEYPOT_HOST]),
+        }
+        for name, values in toolkits.items():
+            allowed, private = policies.get(name, (hostile, [ALLOWED, ALLOWED_OTHER]))
+            values.update(egress=allowed, private_ok=private, egress_bytes=EGRESS_BYTES)
+        options = []
+        for host, address in self._reroutes():
+            options += ["--reroute", f"{host}={address}"]
+        return options
+
+    def _reroutes(self) -> list[tuple[str, str]]:
+        ports, honeypot = self.stand_in.ports, self.honeypots.port
+        rebinding = f"{METADATA},127.0.0.1:{honeypot}"
+        if self.cell.is_private:
+            # On each of these there is a socket at port 80: the stand-in's, and two honeypots.
+            rebinding = f"{PUBLIC},{METADATA},{PUBLIC},127.0.0.1:80"
+        return [
+            (f"{ALLOWED}:80", f"127.0.0.1:{ports['http']}"),
+            (f"{ALLOWED}:443", f"127.0.0.1:{ports['https']}"),
+            (f"{ALLOWED_OTHER}:80", f"127.0.0.1:{ports['http']}"),
+            (f"rebind.{ALLOWED}:80", rebinding),
+            (f"{_HONEYPOT_HOST}:80", f"127.0.0.1:{honeypot}"),
+        ]
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "stand_in"):
+            self.stand_in.close()
+
+    def placeholders(self) -> dict[str, Any]:
+        if self._others is None:
+            self._others = self.call("neighbour_credentials", {}, "B").result
+            assert self._others.startswith("worker-"), self._others
+        return {"$OTHER_PROXY_CRED": self._others}
+
+    def begin_case(self) -> None:
+        self.stand_in.wait_quiet(GONE_S)
+        self._seen = len(self.stand_in.arrivals)
+
+    def arrivals(self) -> list[Any]:
+        """What reached the stand-ins in this case."""
+        return self.stand_in.arrivals[self._seen :]
+
+    def judge_further(self, verdict: Verdict) -> None:
+        if not self.stand_in.wait_quiet(GONE_S):
+            verdict.problem("O7", "connections to a host outlive their call")
+        for arrival in self.arrivals():
+            head = arrival.raw.partition(b"\r\n\r\n")[0].lower()
+            if found := [text for text in _NEVER_SENT if text in arrival.raw]:
+                verdict.problem("egress", f"{found} got to {arrival.place}: {arrival.raw[:300]!r}")
+            if arrival.place == "https" and arrival.raw and not arrival.is_tls:
+                verdict.problem("egress", f"port 443 was sent {arrival.raw[:80]!r}")
+            if head.count(b"\r\ncontent-length:") + head.count(b"\r\ntransfer-encoding:") > 1:
+                verdict.problem("egress", f"a request of two lengths: {arrival.raw[:300]!r}")
+            if head.count(b"\r\nhost:") > 1 or b"\r\nproxy-authorization:" in head:
+                verdict.problem("egress", f"a head that is not the proxy's: {arrival.raw[:300]!r}")
+        if self.arrivals():
+            verdict.notes.append(f"{len(self.arrivals())} connections got to a stand-in")
+
+
 def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
@@ -770,9 +943,10 @@ def _shared_entries() -> set[str]:
     return found
 
 
-def _mounts() -> set[str]:
-    """Mounts of the machine that could be ours."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+def _mounts(supervisor: int) -> set[str]:
+    """Mounts of the machine and of the supervisor, whose cell may have its own, if maybe ours."""
+    tables = [Path(f"/proc/{pid}/mountinfo").read_text() for pid in ("self", supervisor)]
+    lines = [line for table in tables for line in table.splitlines()]
     return {line for line in lines if re.search(r"atp-sandbox| (scratch|jail|mask) ", line)}
 
 
@@ -799,6 +973,7 @@ class Watch:
         self.samples = len(backend.samples)
         self.trips = len(backend.round_trips)
         self.odd = len(backend.odd_frames)
+        session.begin_case()
         inert = _inert_tool(self.case.file)
         backend.bystanders = {"ok_echo": {"arm": ARM, "value": 1}}
         if inert and self.case.id not in FILLS_ITS_TOOLKIT:
@@ -839,8 +1014,9 @@ class Watch:
             verdict.problem("O4", "a canary file was changed")
         visits = session.honeypots.look()[self.visits :]
         if visits:
-            oracle = "O10" if set(visits) == {"dns"} else "O5"
+            oracle = "O10" if all(visit.startswith("dns") for visit in visits) else "O5"
             verdict.problem(oracle, f"honeypots were visited: {', '.join(sorted(set(visits)))}")
+        session.judge_further(verdict)
         self._left_files()
         for problem in session.token_leaks(self.log_start):
             oracle, _, text = problem.partition(": ")
@@ -993,7 +1169,7 @@ class Watch:
                 continue
             if owner in session.jail_uids or _LEFTOVER.match(os.path.basename(path)):
                 self.verdict.problem("O8", f"{path} was left")
-        if _mounts() - session.mounts_before:
+        if _mounts(session.supervisor.pid) - session.mounts_before:
             self.verdict.problem("O8", "mounts were left")
         names = {p.name for p in session.supervisor.folder.iterdir()}
         if names - {"state", "log.jsonl", "atp-sandbox.toml"}:
@@ -1126,6 +1302,57 @@ def _control(check: Callable[[Any, Call], bool]) -> Callable[..., None]:
     return run
 
 
+def _plain_over_tunnels(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
+    """X06: proves nothing if its tunnels were not granted."""
+    (call,) = session.run_steps(case, verdict, watch)
+    if "tunnel refused" in json.dumps(call.result):
+        verdict.problem("answer", "a tunnel to an allowed host was refused")
+
+
+def _redirects(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
+    """X10 for each kind of place that an allowed page may lead to."""
+    assert isinstance(session, EgressSession)
+    for place in (
+        f"http://{METADATA}/",
+        f"http://127.0.0.1:{session.honeypots.port}/",
+        f"http://localhost:{session.honeypots.port}/",
+        f"http://rebind.{ALLOWED}/",
+        "http://denied.hostile-canary.invalid/",
+        f"https://{METADATA}/",
+    ):
+        session.stand_in.redirects = [place]
+        asked = len(session.stand_in.arrivals)
+        session.run_steps(case, verdict, watch)
+        if not any(b"GET /redirect" in a.raw for a in session.stand_in.arrivals[asked:]):
+            verdict.problem("answer", "the page that redirects was not asked for")
+
+
+def _rebinding(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
+    """X11: each answer of the resolver is judged by itself."""
+    (call,) = session.run_steps(case, verdict, watch)
+    wanted = {"200", "403"} if session.cell.is_private else {"403"}
+    if not isinstance(call.result, dict) or set(call.result["detail"]) != wanted:
+        verdict.problem("answer", f"wanted {sorted(wanted)} alone: {shorten(call.result)}")
+
+
+def _upload(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
+    """X20: what got through is bounded by the policy, and not by the tool's patience."""
+    assert isinstance(session, EgressSession)
+    session.run_steps(case, verdict, watch)
+    session.stand_in.wait_quiet(GONE_S)
+    received = sum(arrival.received_bytes for arrival in session.arrivals())
+    if not 0 < received <= EGRESS_BYTES + (1 << 20):
+        verdict.problem("egress", f"{received >> 20} MiB got through")
+
+
+def _plain_token(session: Session, case: Case, verdict: Verdict, watch: Watch) -> None:
+    """X24 where tools get the token itself, and may send it to whom they may reach."""
+    (call,) = session.run_steps(case, verdict, watch)
+    if call.result == {"escaped": True, "detail": {"header": "200", "query": "200"}}:
+        verdict.problems[:] = []
+        verdict.notes.append("the token went to another host, as it may in plain mode")
+
+
 _TEXT = (
     'Grüße, 你好, שלום, नमस्ते, 🦀👩\u200d👩\u200d👧\u200d👦, "quotes" \\ / \b\f\n\r\t \u2028\u2029'
 )
@@ -1135,6 +1362,12 @@ SPECIAL: dict[str, Callable[[Session, Case, Verdict, Watch], None]] = {
     "R11": _leak_often,
     "R36": _occupy,
     "T24": _named_process,
+    "X06": _plain_over_tunnels,
+    "X10": _redirects,
+    "X11": _rebinding,
+    "X20": _upload,
+    "X24": _plain_token,
+    "G12": _control(lambda r, c: r == {"ok": True, "body": "ok"}),
     "G01": _control(lambda r, c: r["value"] == [1, "x", None]),
     "G02": _control(
         lambda r, c: (
