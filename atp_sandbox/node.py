@@ -249,6 +249,8 @@ class Node:
     def _log_output(self) -> None:
         for toolkit in self._toolkits.values():
             toolkit.log_output()
+        if self._egress is not None:
+            self._egress.log_output()
         self._output_timer = self._loop.call_later(OUTPUT_S, self._log_output)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -94,6 +95,9 @@ class Connection:
         except OSError as error:
             # Either side reset it; what was moved until then counts.
             self._conclude(self.report.verdict, error.strerror or type(error).__name__)
+        except Exception:  # the outer door: a bug of ours ends this connection and no other
+            self._conclude(messages.FAILED, "ended for a fault of ours, which is in the log")
+            traceback.print_exc()
         finally:
             if clean:
                 self._client.close()

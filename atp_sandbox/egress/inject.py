@@ -269,19 +269,20 @@ class _Relay:
 
     async def _serve_one(self) -> bool:
         """One exchange; False if there is to be no further one."""
+        self._method, self._body_is_read, self._has_answered = b"", False, False
         request = await self._client.next_event(self._count_sent_quietly)
         if not isinstance(request, h11.Request):
             self._body_is_read = True
             return False
         self._touch()
-        self._is_busy, self._body_is_read, self._has_answered = True, False, False
+        self._is_busy = True
         self._method = request.method
-        secrets = self._secrets()
-        head = _forwarded(request, self._host, self._port, secrets)
-        self._tokens |= set(secrets.values())
         if not _has_body(request.headers):  # then its end waits for nothing
             await self._client.next_event(self._count_sent)
             self._body_is_read = True
+        secrets = self._secrets()
+        head = _forwarded(request, self._host, self._port, secrets)
+        self._tokens |= set(secrets.values())
         await self._exchange(head)
         if self._upstream is not None and not self._upstream.start_next():
             self._drop_upstream()
@@ -413,7 +414,8 @@ class _Relay:
         with contextlib.suppress(_Gone, Denied, TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 await self._client.write(head % (status, reason, len(body)) + body)
-                await self._linger()
+                if not self._body_is_read:
+                    await self._linger()
                 await self._client.close()
 
     async def _linger(self) -> None:

@@ -21,7 +21,10 @@ from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.policy import EgressLimits
 
 HTTPS_PORT = 443
-_CHUNK_BYTES = 128 * 1024
+_FIRST_CHUNK_BYTES = 16 * 1024
+_LARGEST_CHUNK_BYTES = 1024 * 1024
+"""Each way of a connection has a buffer, which grows while it is filled. Copying through it was as
+fast as splice(2) through a pipe, or faster."""
 _TLS_RECORD = b"\x16\x03"
 _HELLO_S = 10.0
 """From the first byte of a hello to its end."""
@@ -128,13 +131,15 @@ async def _pump(
     look: Filter | None,
 ) -> None:
     loop = asyncio.get_running_loop()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(_FIRST_CHUNK_BYTES))
     while size := await loop.sock_recv_into(source, buffer):
         chunk = buffer[:size]
         if look is not None:
             look(chunk)
         count(size)
         await loop.sock_sendall(target, chunk)
+        if size == len(buffer) < _LARGEST_CHUNK_BYTES:
+            buffer = memoryview(bytearray(2 * size))
     _shut(target)
 
 

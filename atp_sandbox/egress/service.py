@@ -228,6 +228,12 @@ class EgressService:
         if self._channel is not None:
             self._channel.read_now()
 
+    def log_output(self) -> None:
+        """What the egress process had to say: nothing, but for a bug of ours."""
+        printed = "" if self._output is None else self._output.take().strip()
+        if printed:
+            log.emit(log.ERROR, "egress_output", printed)
+
     def close(self) -> None:
         """End the process and give back what is owned. Safe to call again."""
         self._is_closed = True
@@ -354,7 +360,7 @@ class EgressService:
         if self._was_ready:
             log.emit(log.INFO, "egress_restarted", "the egress process is back")
         self._was_ready = True
-        for network in self._jails.values():
+        for network in list(self._jails.values()):
             if network.listeners:
                 self._hand_over(network)
 
@@ -410,7 +416,7 @@ class EgressService:
             "the egress process ended; connections are refused until its successor is there",
             reason=reason,
         )
-        for network in self._jails.values():
+        for network in list(self._jails.values()):
             network.opened()
         self._restart_later()
 

@@ -237,7 +237,7 @@ class StandIn:
                     sock.unwrap()
 
     def _answer(self, line: bytes, raw: bytes) -> bytes:
-        target = (line.split(b" ") + [b"", b""])[1].partition(b"?")[0]
+        target = line.partition(b" ")[2].partition(b" ")[0].partition(b"?")[0]
         status, more, body = b"200 OK", b"", b"ok"
         match target:
             case b"/redirect-private":

@@ -36,6 +36,8 @@ EGRESS_CONTROL = "G12"
 ALLOWED = "allowed.example"
 ALLOWED_OTHER = "other-provider.example"
 EGRESS_BYTES = 32 * 1024 * 1024
+EGRESS_RSS_BYTES = 32 * 1024 * 1024
+"""Over all cases; its 64 connections have a buffer of 128 KiB for each way."""
 
 TIME_S = 2.0
 BYSTANDER_P99_S = 0.25
@@ -833,7 +835,7 @@ def neighbour_fetch(**given):
     context = ssl.create_default_context(cadata=AUTHORITY)
     opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
     try:
-        with opener.open(given["url"], timeout=5) as answer:
+        with opener.open(given["url"], timeout=2) as answer:
             return answer.read(100).decode()
     except OSError as error:
         return "failed: " + str(error)
@@ -904,6 +906,37 @@ class EgressSession(Session):
             assert self._others.startswith("worker-"), self._others
         return {"$OTHER_PROXY_CRED": self._others}
 
+    def _settle(self) -> None:
+        super()._settle()
+        self._egress_pid = self._find_egress()
+        self._egress_files = self._open_egress_files()
+        self._egress_rss = self._read_egress_rss()
+
+    def _find_egress(self) -> int:
+        """The number of the egress process; 0 if there is none at the moment."""
+        for process in self.supervisor.jail_processes():
+            try:
+                command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"egress/boot.py" in command:
+                return process.pid
+        return 0
+
+    def _open_egress_files(self) -> int:
+        """0 if there is no telling, as for an ordinary user."""
+        try:
+            return len(os.listdir(f"/proc/{self._egress_pid}/fd"))
+        except OSError:
+            return 0
+
+    def _read_egress_rss(self) -> int:
+        try:
+            text = Path(f"/proc/{self._egress_pid}/statm").read_text()
+        except OSError:
+            return 0
+        return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     def begin_case(self) -> None:
         self.stand_in.wait_quiet(GONE_S)
         self._seen = len(self.stand_in.arrivals)
@@ -915,6 +948,7 @@ class EgressSession(Session):
     def judge_further(self, verdict: Verdict) -> None:
         if not self.stand_in.wait_quiet(GONE_S):
             verdict.problem("O7", "connections to a host outlive their call")
+        self._judge_egress_process(verdict)
         for arrival in self.arrivals():
             head = arrival.raw.partition(b"\r\n\r\n")[0].lower()
             if found := [text for text in _NEVER_SENT if text in arrival.raw]:
@@ -927,6 +961,21 @@ class EgressSession(Session):
                 verdict.problem("egress", f"a head that is not the proxy's: {arrival.raw[:300]!r}")
         if self.arrivals():
             verdict.notes.append(f"{len(self.arrivals())} connections got to a stand-in")
+
+    def _judge_egress_process(self, verdict: Verdict) -> None:
+        """O7 for the process that reads what hostile tools send: it stays, and keeps nothing."""
+        if self._find_egress() != self._egress_pid:
+            verdict.problem("egress", "the egress process ended")
+            self._egress_pid = self._find_egress()
+        self.backend.wait_for(lambda: self._open_egress_files() <= self._egress_files, GONE_S)
+        files = self._open_egress_files()
+        if files > self._egress_files:
+            text = f"{files} descriptors of the egress process, {self._egress_files} at rest"
+            verdict.problem("O7", text)
+        grown = self._read_egress_rss() - self._egress_rss
+        if grown > EGRESS_RSS_BYTES:
+            verdict.problem("O7", f"the egress process grew by {grown >> 20} MiB")
+        verdict.notes.append(f"egress process: {grown >> 10} KiB more, {files} descriptors")
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
