@@ -15,6 +15,7 @@ from typing import Protocol
 
 from atp_sandbox import log
 from atp_sandbox.discovery import Discovery
+from atp_sandbox.egress import authority
 from atp_sandbox.egress.service import Denial, EgressError, EgressService
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
@@ -104,6 +105,12 @@ class Node:
         isolation = settings.isolation
         for warning in isolation.warnings():
             log.emit(log.WARNING, "isolation_weakened", warning, toolkit=settings.name)
+        if settings.egress.inject and not authority.is_available():
+            raise SandboxError(
+                f"Toolkit {settings.name}: its tokens cannot be put in outside the jail.",
+                cause="the package cryptography is not installed",
+                tip='pip install "atp-sandbox[inject]"',
+            )
         if isolation.may_use_cgroups:
             self._provide_cgroups(isolation)
         if os.geteuid() == 0 and not isolation.has_namespaces:

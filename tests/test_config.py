@@ -222,6 +222,19 @@ def test_all_faults_are_reported_at_once_each_with_its_place(file: Path) -> None
         ("[toolkit.'..']\npath = 'b'", "is no toolkit name"),
         (f"[toolkit.{'n' * 65}]\npath = 'b'", "is no toolkit name"),
         ("[toolkit.b]\npath = 'b'\nurl = 'x'", "toolkit.b.url: unknown key"),
+        ("[toolkit.b]\npath = 'b'\negress = 'x'", 'toolkit.b.egress: found "x"; allowed: a list'),
+        ("[toolkit.b]\npath = 'b'\negress = ['*']", "toolkit.b: '*': a pattern is"),
+        ("[toolkit.b]\npath = 'b'\negress = ['10.0.0.1']", "toolkit.b: '10.0.0.1' is an address"),
+        ("[toolkit.b]\npath = 'b'\nprivate-ok = ['x']", "x may be private, but is not among"),
+        ("[toolkit.b]\npath = 'b'\nauth = 'inject'", "go together"),
+        ("[toolkit.b]\npath = 'b'\nauth-hosts = {a = ['x']}", "go together"),
+        ("[toolkit.b]\npath = 'b'\nauth = 'no'", 'allowed: "pass" or "inject"'),
+        ("[toolkit.b]\npath = 'b'\negress-connections = 0", "a whole number from 1"),
+        ("[defaults]\negress = ['x']", "defaults.egress: unknown key"),
+        (
+            "[toolkit.b]\npath = 'b'\nisolation = 'none'\negress = ['x.example']",
+            "egress needs isolation strict",
+        ),
     ],
 )
 def test_fault_is_told_with_place_finding_and_what_is_allowed(

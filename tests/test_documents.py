@@ -87,12 +87,14 @@ def test_readme_example_of_the_library_is_valid_python() -> None:
     assert "from atp_sandbox import ToolKitClient" in example
 
 
-def test_readme_configuration_is_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_configuration_is_accepted(number: int, tmp_path: Path) -> None:
     from atp_sandbox.config import load_config
 
-    (example,) = re.findall(r"```toml\n(.*?)```", text_of("README.md"), re.S)
+    examples = re.findall(r"```toml\n(.*?)```", text_of("README.md"), re.S)
+    assert len(examples) == 2
     path = tmp_path / "atp-sandbox.toml"
-    path.write_text(example)
+    path.write_text(examples[number])
     (tmp_path / "toolkits").mkdir()
     (tmp_path / "toolkits" / "crm.py").write_text("")
     config = load_config(path)

@@ -55,7 +55,9 @@ def test_hubspot_is_out_of_reach_and_says_so_as_the_tools_own_error(
     code, answer = call("hubspot.py", *arguments, "--auth-token-env", "TOKEN")
     assert code == 1
     assert answer["error_type"] == "tool_error"
-    assert "api.hubapi.com" in answer["error"]
+    assert "blocked by policy: api.hubapi.com:443 is not allowed" in answer["error"]
+    reason = "is not allowed for toolkit hubspot"
+    assert answer["denied"] == [{"host": "api.hubapi.com", "port": 443, "reason": reason}]
 
 
 def test_hubspot_without_a_token_is_not_run() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 from hostile import faults
-from hostile.harness import ALLOWED, Case, EgressSession, Session, Verdict, load_cases
+from hostile.harness import (
+    ALLOWED,
+    NEIGHBOUR_IDLE_S,
+    Case,
+    EgressSession,
+    Session,
+    Verdict,
+    load_cases,
+)
 from hostile.imports import SAMPLED, ImportSession
 
 CASES = load_cases()
@@ -154,6 +162,21 @@ def test_the_resolver_is_asked_for_what_is_allowed_and_for_nothing_else(
         "failed: HTTP Error 502",
         "failed: HTTP Error 403",
     ]
+
+
+@pytest.mark.xfail(
+    reason="egress/proxy.py forwards a plain request without the idle limit, and does not notice "
+    "that its client went",
+    strict=True,
+)
+def test_a_plain_request_that_is_never_answered_ends_with_the_idle_limit(
+    egress: EgressSession,
+) -> None:
+    """Else tools that make them use up the connections of their toolkit for good."""
+    egress.begin_case()
+    answer = egress.call("neighbour_fetch", {"url": f"http://{ALLOWED}/sink"}).result
+    assert len(egress.arrivals()) == 1, answer
+    assert egress.stand_in.wait_quiet(4 * NEIGHBOUR_IDLE_S)
 
 
 def test_nothing_shows_when_everything_is_over(sessions: Sessions) -> None:

@@ -128,7 +128,8 @@ def serve(**given: Any) -> int:
             return supervisor.run()
         finally:
             for name in supervisor.learned.toolkits():
-                click.echo("\n".join([f"[toolkit.{name}]", *supervisor.learned.lines(name)]))
+                lines = [f"[toolkit.{name}]", *supervisor.learned.lines(name)]
+                click.echo("\n".join(lines), err=True)
     finally:
         if embedded is not None:
             embedded.close()

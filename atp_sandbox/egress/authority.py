@@ -17,6 +17,7 @@ a /proc in the process's root and, of system calls, memfd_create and openat. Wit
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import ipaddress
 import os
 import ssl
@@ -39,6 +40,11 @@ class Authority:
 
     cert_pem: bytes
     key_pem: bytes = field(repr=False)
+
+
+def is_available() -> bool:
+    """Whether `cryptography` is installed."""
+    return importlib.util.find_spec("cryptography") is not None
 
 
 def make_authority(hosts: Sequence[str]) -> Authority:

@@ -385,7 +385,7 @@ class EgressService:
         log.emit(
             log.WARNING if verdict == messages.DENIED else log.INFO,
             "connection",
-            f"{verdict}: {reason}" if reason else verdict,
+            _described(verdict, host, port, reason),
             toolkit=toolkit,
             host=host,
             address=address,
@@ -463,6 +463,12 @@ class EgressService:
                 # From LISTEN to CLOSE, still bound: connections are refused, waiting ones reset.
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
+
+
+def _described(verdict: str, host: str, port: int | None, reason: str) -> str:
+    """`denied: evil.example:443 is not allowed for toolkit crm`."""
+    place = host if port is None else f"{host}:{port}"
+    return f"{verdict}: {f'{place} {reason}'.strip()}"
 
 
 def _usual_authorities() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 
-from atp_sandbox.egress.authority import Issuer
+from atp_sandbox.egress.authority import Issuer, make_authority
 from atp_sandbox.egress.connection import Connection, Tls
 from atp_sandbox.egress.gate import Gate, Target
 from atp_sandbox.egress.inject import InjectLimits, serve_injected
@@ -16,11 +16,9 @@ class Substitute(Tls):
 
     def __init__(self, upstream: ssl.SSLContext) -> None:
         """`upstream` says whom the hosts' own certificates must come from."""
-        # To be imported while files can be opened.
-        import cryptography.hazmat.primitives.asymmetric.ec
-        import cryptography.hazmat.primitives.serialization
-        import cryptography.x509  # noqa: F401
-
+        # Done once while files can be opened: what is imported on the way is then there.
+        rehearsal = make_authority(["rehearsal.invalid"])
+        Issuer(rehearsal.cert_pem, rehearsal.key_pem).context("rehearsal.invalid")
         self._upstream = upstream
         self._issuers: dict[bytes, Issuer] = {}
         self._of_jail: dict[int, Issuer] = {}

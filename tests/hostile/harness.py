@@ -36,6 +36,7 @@ EGRESS_CONTROL = "G12"
 ALLOWED = "allowed.example"
 ALLOWED_OTHER = "other-provider.example"
 EGRESS_BYTES = 32 * 1024 * 1024
+NEIGHBOUR_IDLE_S = 1
 EGRESS_RSS_BYTES = 32 * 1024 * 1024
 """Over all cases; its 64 connections have a buffer of 128 KiB for each way."""
 
@@ -876,6 +877,7 @@ class EgressSession(Session):
         for name, values in toolkits.items():
             allowed, private = policies.get(name, (hostile, [ALLOWED, ALLOWED_OTHER]))
             values.update(egress=allowed, private_ok=private, egress_bytes=EGRESS_BYTES)
+        toolkits["neighbour"]["egress_idle"] = f"{NEIGHBOUR_IDLE_S}s"
         options = []
         for host, address in self._reroutes():
             options += ["--reroute", f"{host}={address}"]
