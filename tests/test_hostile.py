@@ -86,20 +86,11 @@ class Sessions:
             self._live = None
 
 
-WRONG = {
-    "X09": "egress/proxy.py sends Content-Length on beside Transfer-Encoding (RFC 9112, 6.3)",
-    "X20": "egress/proxy.py counts what a plain request's body sends, but does not bound it",
-}
-"""Cases that do not hold yet, and why."""
-
-
 def _as_parameters(cases: Iterable[Case]) -> list[Any]:
     """An ordinary user has no cell, and runs only what can be judged without one."""
     found = []
     for case in cases:
         marks = [] if _session_of(case) == "egress" else [_needs_root]
-        if case.id in WRONG:
-            marks.append(pytest.mark.xfail(reason=WRONG[case.id], strict=True))
         found.append(pytest.param(case, id=case.id, marks=marks))
     return found
 
@@ -164,11 +155,6 @@ def test_the_resolver_is_asked_for_what_is_allowed_and_for_nothing_else(
     ]
 
 
-@pytest.mark.xfail(
-    reason="egress/proxy.py forwards a plain request without the idle limit, and does not notice "
-    "that its client went",
-    strict=True,
-)
 def test_a_plain_request_that_is_never_answered_ends_with_the_idle_limit(
     egress: EgressSession,
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from atp_sandbox import loopback
 from atp_sandbox.egress import messages
+from atp_sandbox.egress.bounds import Bounds
 from atp_sandbox.egress.denial import Denied, Failed
 from atp_sandbox.egress.dial import Resolver, dial
 from atp_sandbox.egress.dns import DnsError, Queries, refuse
@@ -137,7 +138,7 @@ class Connection:
                 raise Denied("is given its token through TLS alone")
             else:
                 scans = bool(self.gate.policy.inject)
-                await front.forward(lambda: self.dial(target), self.report.meter, scans=scans)
+                await front.forward(lambda: self.dial(target), self._bounds(), scans=scans)
         except (Denied, Failed) as error:
             self.report.worker = front.request.worker
             if isinstance(error, NotAllowed):
@@ -193,8 +194,7 @@ class Connection:
             upstream,
             host=target.host,
             port=target.port,
-            limits=self.gate.policy.limits,
-            meter=self.report.meter,
+            bounds=self._bounds(),
             early=early,
             scans=bool(self.gate.policy.inject),
         )
@@ -230,6 +230,9 @@ class Connection:
             self.gate,
             Report(worker or messages.UNKNOWN_WORKER, host, None, "", messages.DENIED, reason),
         )
+
+    def _bounds(self) -> Bounds:
+        return Bounds(self.gate.policy.limits, self.report.meter)
 
     def _name(self, target: Target) -> None:
         self.report.host, self.report.port = target.host, target.port

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 import h11
 
 from atp_sandbox.egress import messages
+from atp_sandbox.egress.bounds import Bounds
 from atp_sandbox.egress.denial import Denied, Failed
 from atp_sandbox.egress.gate import Gate, Target
-from atp_sandbox.egress.meter import Meter
 from atp_sandbox.egress.placeholders import Leaving
 
 HTTP_PORT = 80
@@ -78,6 +78,9 @@ class Front:
             raise Denied("was asked in broken HTTP") from None
         if not isinstance(head, h11.Request):
             return None
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in head.headers}:
+            # Two readers could differ in where it ends: RFC 9112, section 6.3.
+            raise Denied("was asked in broken HTTP")
         request = self.request
         request.head = head
         request.worker = self._worker_of(head)
@@ -130,7 +133,7 @@ class Front:
             await self._drain()
 
     async def forward(
-        self, dial: Callable[[], Awaitable[socket.socket]], meter: Meter, *, scans: bool
+        self, dial: Callable[[], Awaitable[socket.socket]], bounds: Bounds, *, scans: bool
     ) -> None:
         """Send the request on and its answer back; then both connections are done with."""
         head = self.request.head
@@ -149,14 +152,11 @@ class Front:
                 target=_path_of(head),
                 headers=[(b"Host", at.encode()), *kept, (b"Connection", b"close")],
             )
-            try:
-                async with asyncio.TaskGroup() as group:
-                    up = self._send_request(http, request, upstream, meter, scans)
-                    sending = group.create_task(up)
-                    await self._send_answer(upstream, meter)
-                    sending.cancel()
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+            await bounds.keep(
+                self._send_request(http, request, upstream, bounds, scans),
+                self._send_answer(upstream, bounds),
+                until_all=False,
+            )
         finally:
             upstream.close()
 
@@ -191,7 +191,7 @@ class Front:
         http: h11.Connection,
         request: h11.Request,
         upstream: socket.socket,
-        meter: Meter,
+        bounds: Bounds,
         scans: bool,
     ) -> None:
         loop, leaving = asyncio.get_running_loop(), Leaving() if scans else None
@@ -203,7 +203,7 @@ class Front:
                 if isinstance(event, h11.EndOfMessage):
                     event = h11.EndOfMessage()  # trailers stay here
                 data = http.send(event) or b""
-                meter.sent_bytes += len(data)
+                bounds.count_sent(len(data))
                 await loop.sock_sendall(upstream, data)
             if not isinstance(event, (h11.Request, h11.Data)):
                 return
@@ -212,13 +212,11 @@ class Front:
             except h11.RemoteProtocolError:
                 raise Denied("was asked in broken HTTP") from None
 
-    async def _send_answer(self, upstream: socket.socket, meter: Meter) -> None:
+    async def _send_answer(self, upstream: socket.socket, bounds: Bounds) -> None:
         """As it comes: the host was asked to close after it."""
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(upstream, _CHUNK_BYTES):
-            meter.received_bytes += len(data)
-            if meter.sent_bytes + meter.received_bytes > self._gate.policy.limits.bytes:
-                raise Denied("took more bytes than one connection may")
+            bounds.count_received(len(data))
             self.has_answered = True
             await loop.sock_sendall(self._client, data)
 

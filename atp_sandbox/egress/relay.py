@@ -13,12 +13,10 @@ import socket
 import struct
 from collections.abc import Callable
 
-from atp_sandbox.egress.denial import Denied, Failed
+from atp_sandbox.egress.bounds import Bounds
+from atp_sandbox.egress.denial import Denied
 from atp_sandbox.egress.hello import MAX_HELLO_BYTES, NotTls, read_hello
-from atp_sandbox.egress.meter import Meter
 from atp_sandbox.egress.placeholders import Leaving
-from atp_sandbox.limits import format_duration, format_size
-from atp_sandbox.policy import EgressLimits
 
 HTTPS_PORT = 443
 _FIRST_CHUNK_BYTES = 16 * 1024
@@ -67,8 +65,7 @@ async def relay(
     *,
     host: str,
     port: int,
-    limits: EgressLimits,
-    meter: Meter,
+    bounds: Bounds,
     early: bytes = b"",
     scans: bool = False,
 ) -> None:
@@ -87,23 +84,13 @@ async def relay(
         first = await _first_bytes(client, host, port, early)
         if first:
             look(memoryview(first))
-            meter.sent_bytes += len(first)
+            bounds.count_sent(len(first))
             await asyncio.get_running_loop().sock_sendall(upstream, first)
-            await _pump(client, upstream, lambda n: _count(meter, limits, sent=n), look)
+            await _pump(client, upstream, bounds.count_sent, look)
         else:
             _shut(upstream)
 
-    async def downwards() -> None:
-        await _pump(upstream, client, lambda n: _count(meter, limits, received=n), None)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            watch = group.create_task(_end_when_idle(meter, limits))
-            both = [group.create_task(upwards()), group.create_task(downwards())]
-            await asyncio.wait(both)
-            watch.cancel()
-    except BaseExceptionGroup as errors:
-        raise _worst(errors) from None
+    await bounds.keep(upwards(), _pump(upstream, client, bounds.count_received, None))
 
 
 async def _first_bytes(client: socket.socket, host: str, port: int, early: bytes) -> bytes:
@@ -146,24 +133,3 @@ async def _pump(
 def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
-
-
-def _count(meter: Meter, limits: EgressLimits, *, sent: int = 0, received: int = 0) -> None:
-    meter.sent_bytes += sent
-    meter.received_bytes += received
-    if meter.sent_bytes + meter.received_bytes > limits.bytes:
-        raise Denied(f"took more than {format_size(limits.bytes)} on one connection")
-
-
-async def _end_when_idle(meter: Meter, limits: EgressLimits) -> None:
-    seen = -1
-    while seen != (seen := meter.sent_bytes + meter.received_bytes):
-        await asyncio.sleep(limits.idle_s)
-    raise Failed(f"was idle for {format_duration(limits.idle_s)}")
-
-
-def _worst(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one that says why: ours before the kernel's."""
-    found = list(errors.exceptions)
-    ours = [error for error in found if isinstance(error, (Denied, Failed))]
-    return (ours or found)[0]
