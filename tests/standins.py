@@ -244,8 +244,8 @@ def talk_digest(sock: socket.socket) -> None:
 
 def talk_stream(sock: socket.socket) -> None:
     """Waits for `!`, or for an HTTP request, as whose answer they count; then STREAM_BYTES."""
-    _read(sock, 1)
-    if sock.recv(2, socket.MSG_PEEK) == b"ET":
+    if _read(sock, 1) != b"!":
+        _read_until(sock, b"\r\n\r\n")
         sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
     for _ in range(STREAM_BYTES // len(_BLOCK)):
         sock.sendall(_BLOCK)

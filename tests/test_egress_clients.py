@@ -711,19 +711,20 @@ def test_denial_is_told_before_the_client_reads_of_it() -> None:
     names = policy_of(["api.example.com:443"])
 
     async def serve() -> None:
-        with socket.create_server((loopback.address_of(0), 0)) as listener:
-            with socket.create_connection(listener.getsockname()):
-                client, _ = listener.accept()
-                client.setblocking(False)
-                connection = Connection(
-                    Gate(1, "kit", names, b"", []),
-                    client,
-                    SystemResolver(),
-                    Tls(),
-                    lambda _gate, _report: told.append(client.fileno() >= 0),
-                    lambda: None,
-                )
-                await connection.serve()
+        listener = socket.create_server((loopback.address_of(0), 0))
+        with listener, socket.create_connection(listener.getsockname()):
+            client, _ = listener.accept()
+            client.setblocking(False)
+            gate = Gate(1, "kit", names, b"", [])
+            connection = Connection(
+                gate,
+                client,
+                SystemResolver(),
+                Tls(),
+                lambda _gate, _report: told.append(client.fileno() >= 0),
+                lambda: None,
+            )
+            await connection.serve()
 
     asyncio.run(serve())
     assert told == [True]
@@ -818,6 +819,64 @@ def test_denials_of_one_call_never_name_what_another_asked_for(named: ServedNode
 # -- limits ----------------------------------------------------------------------------------------
 
 
+def test_connection_that_moves_too_much_is_ended_and_told(tight: ServedNode) -> None:
+    ticket = failed(tight, receive_stream)
+    assert "reset" in ticket.failure.error.lower()
+    assert denied(ticket) == [("raw.example.com", 7003, "took more than 256 KiB on one connection")]
+
+
+def wait_idly() -> str:
+    import socket
+
+    with socket.create_connection(("raw.example.com", 7001), timeout=20) as sock:
+        sock.sendall(b"!")
+        assert sock.recv(1) == b"!"
+        try:
+            return repr(sock.recv(1))
+        except ConnectionResetError:
+            return "reset"
+
+
+def test_idle_connection_is_reset(tight: ServedNode) -> None:
+    assert tight.inside(wait_idly) == "reset"
+
+
+def post(size: int) -> str:
+    import requests
+
+    answer = requests.post("http://mute.example.com/", data=b"x" * size, timeout=6)
+    answer.raise_for_status()
+    return answer.text
+
+
+def test_request_through_the_proxy_that_moves_too_much_is_ended_and_told(
+    tight: ServedNode,
+) -> None:
+    ticket = tight.begin_inside(post, 1024 * KIB)
+    tight.finish(ticket)
+    reason = "took more than 256 KiB on one connection"
+    assert denied(ticket) == [("mute.example.com", 80, reason)]
+
+
+def test_idle_request_through_the_proxy_is_ended(tight: ServedNode) -> None:
+    ticket = tight.begin_inside(post, 1)
+    tight.finish(ticket)
+    assert "egress failed: mute.example.com:80 was idle for 1 s" in ticket.failure.error
+    assert not denied(ticket), "it was allowed"
+
+
+def download(host: str) -> int:
+    import requests
+
+    return len(requests.get(f"http://{host}/", timeout=6).content)
+
+
+def test_answer_through_the_proxy_that_is_too_large_is_ended_and_told(tight: ServedNode) -> None:
+    ticket = failed(tight, download, "stream.example.com")
+    reason = "took more than 256 KiB on one connection"
+    assert denied(ticket) == [("stream.example.com", 80, reason)]
+
+
 def hold(count: int) -> str:
     """Holds `count` connections, and says how one more ends."""
     import socket
@@ -845,59 +904,3 @@ def test_connection_beyond_those_allowed_is_reset_and_told(tight: ServedNode) ->
     ticket = failed(tight, hold, 3)
     assert "reset" in ticket.failure.error.lower() or "Broken pipe" in ticket.failure.error
     assert ("", None, "more than 3 connections at once") in denied(ticket)
-
-
-def test_connection_that_moves_too_much_is_ended_and_told(tight: ServedNode) -> None:
-    ticket = failed(tight, receive_stream)
-    assert "reset" in ticket.failure.error.lower()
-    assert denied(ticket) == [("raw.example.com", 7003, "took more than 256 KiB on one connection")]
-
-
-def wait_idly() -> str:
-    import socket
-
-    with socket.create_connection(("raw.example.com", 7001), timeout=20) as sock:
-        sock.sendall(b"!")
-        assert sock.recv(1) == b"!"
-        try:
-            return repr(sock.recv(1))
-        except ConnectionResetError:
-            return "reset"
-
-
-def test_idle_connection_is_reset(tight: ServedNode) -> None:
-    assert tight.inside(wait_idly) == "reset"
-
-
-def post(size: int) -> str:
-    import requests
-
-    return requests.post("http://mute.example.com/", data=b"x" * size, timeout=6).text
-
-
-def test_request_through_the_proxy_that_moves_too_much_is_ended_and_told(
-    tight: ServedNode,
-) -> None:
-    ticket = tight.begin_inside(post, 1024 * KIB)
-    tight.finish(ticket)
-    reason = "took more than 256 KiB on one connection"
-    assert denied(ticket) == [("mute.example.com", 80, reason)]
-
-
-def test_idle_request_through_the_proxy_is_ended(tight: ServedNode) -> None:
-    ticket = tight.begin_inside(post, 1)
-    tight.finish(ticket)
-    assert "timed out" not in ticket.failure.error
-    assert not denied(ticket), "it was allowed"
-
-
-def download(host: str) -> int:
-    import requests
-
-    return len(requests.get(f"http://{host}/", timeout=6).content)
-
-
-def test_answer_through_the_proxy_that_is_too_large_is_ended_and_told(tight: ServedNode) -> None:
-    ticket = failed(tight, download, "stream.example.com")
-    reason = "took more than 256 KiB on one connection"
-    assert denied(ticket) == [("stream.example.com", 80, reason)]

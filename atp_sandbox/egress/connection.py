@@ -83,16 +83,15 @@ class Connection:
         self._tell = tell
         self._catch_up = catch_up
         self.report = Report(messages.ANY_WORKER)
+        self._is_told = False
 
     async def serve(self) -> None:
         """Until it is over; never raises but when cancelled."""
         clean = False
         try:
             clean = await self._serve()
-        except Denied as error:
-            self._conclude(messages.DENIED, error.reason)
-        except Failed as error:
-            self._conclude(messages.FAILED, error.reason)
+        except (Denied, Failed) as error:
+            self.tell_refusal(error)
         except OSError as error:
             # Either side reset it; what was moved until then counts.
             self._conclude(self.report.verdict, error.strerror or type(error).__name__)
@@ -100,12 +99,12 @@ class Connection:
             self._conclude(messages.FAILED, "ended for a fault of ours, which is in the log")
             traceback.print_exc()
         finally:
+            if self.report.is_worth_telling and not self._is_told:
+                self._tell(self.gate, self.report)
             if clean:
                 self._client.close()
             else:
                 reset(self._client)
-            if self.report.is_worth_telling:
-                self._tell(self.gate, self.report)
 
     async def _serve(self) -> bool:
         """Whether it ended as it should; otherwise it is reset."""
@@ -144,12 +143,7 @@ class Connection:
             if isinstance(error, NotAllowed):
                 front.request.asked = (error.host, error.port)
                 self.report.host, self.report.port = error.host, error.port
-            # The denial is known before the client is, who may fail on it at once.
-            self._conclude(
-                messages.DENIED if isinstance(error, Denied) else messages.FAILED, error.reason
-            )
-            self._tell(self.gate, self.report)
-            self.report = Report(self.report.worker)
+            self.tell_refusal(error)
             if front.has_answered:
                 return False
             await front.refuse(error)
@@ -233,6 +227,16 @@ class Connection:
 
     def _bounds(self) -> Bounds:
         return Bounds(self.gate.policy.limits, self.report.meter)
+
+    def tell_refusal(self, error: Denied | Failed) -> None:
+        """Before the client learns of it: its call may fail at once, and is then to say why."""
+        if self._is_told:
+            return
+        self._conclude(
+            messages.DENIED if isinstance(error, Denied) else messages.FAILED, error.reason
+        )
+        self._tell(self.gate, self.report)
+        self._is_told = True
 
     def _name(self, target: Target) -> None:
         self.report.host, self.report.port = target.host, target.port

@@ -49,6 +49,7 @@ _BODYLESS = frozenset((204, 304))
 
 Dial = Callable[[], Awaitable[socket.socket]]
 Secrets = Callable[[], Mapping[bytes, bytes]]
+OnRefusal = Callable[[Denied | Failed], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ async def serve_injected(
     secrets: Secrets,
     limits: InjectLimits,
     meter: Meter,
+    on_refusal: OnRefusal = lambda _: None,
 ) -> None:
     """Serve `client`, which is owned and closed here, until either side ends.
 
@@ -93,14 +95,15 @@ async def serve_injected(
     token of each placeholder that is alive, and is asked at each request. `meter` is added to.
 
     Denied and Failed are raised after the toolkit was told in an answer, 403, 502 or 504 with the
-    reason in its status line; without one if there already was an answer. Cancelling is safe.
+    reason in its status line; without one if there already was an answer. `on_refusal` is called
+    before that. Cancelling is safe.
     """
     if not upstream_context.check_hostname:  # which implies CERT_REQUIRED
         client.close()
         raise ValueError("the host's certificate would not be verified")
     reader, writer = await _accept_tls(client, server_context, limits)
     side = _Side(reader, writer, h11.SERVER)
-    relay = _Relay(side, host, port, upstream_context, dial, secrets, limits, meter)
+    relay = _Relay(side, host, port, upstream_context, dial, secrets, limits, meter, on_refusal)
     await relay.serve()
 
 
@@ -228,8 +231,10 @@ class _Relay:
         secrets: Secrets,
         limits: InjectLimits,
         meter: Meter,
+        on_refusal: OnRefusal,
     ) -> None:
         self._client = client
+        self._on_refusal = on_refusal
         self._host, self._port = host, port
         self._upstream_context, self._dial, self._secrets = upstream_context, dial, secrets
         self._limits, self._meter = limits, meter
@@ -248,6 +253,7 @@ class _Relay:
             return
         except (Denied, Failed) as fault:
             self._drop_upstream()
+            self._on_refusal(fault)
             await self._refuse(fault)
             raise
         finally:

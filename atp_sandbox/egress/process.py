@@ -229,7 +229,7 @@ class EgressServer:
         most = gate.policy.limits.connections
         report = Report(messages.ANY_WORKER, verdict=messages.DENIED)
         report.reason = f"more than {most} connections at once"
-        self.tell(gate, report)
+        self.tell(gate, report)  # before the client learns of it
         reset(client)
 
     # -- what is told ------------------------------------------------------------------------------

@@ -43,4 +43,5 @@ class Substitute(Tls):
             secrets=lambda: connection.secrets_for(target),
             limits=InjectLimits(limits.idle_s, limits.bytes),
             meter=connection.report.meter,
+            on_refusal=connection.tell_refusal,
         )
