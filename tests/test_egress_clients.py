@@ -705,7 +705,6 @@ def test_tls_to_another_name_through_a_tunnel_is_reset_and_named(
     assert denied(ticket) == [("a.example.com", 443, "was asked for with another TLS server name")]
 
 
-@pytest.mark.xfail(strict=True, reason="connection.py resets before it tells")
 def test_denial_is_told_before_the_client_reads_of_it() -> None:
     told: list[bool] = []
     names = policy_of(["api.example.com:443"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import inspect
 import json
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -198,9 +200,7 @@ def test_the_toolkit_of_the_documentation_works_with_its_token_put_in_outside(
 
 
 def begin(node: ServedNode, function: Any, *arguments: object) -> Any:
-    import inspect
-
-    source = inspect.getsource(function)
+    source = "from __future__ import annotations\n" + inspect.getsource(function)
     params = {"source": source, "name": function.__name__, "arguments": list(arguments)}
     return node.submit("probe", params, TOKEN)
 
@@ -276,6 +276,96 @@ def test_the_token_is_in_no_memory_of_the_jail_while_it_is_used(
         pytest.skip("memory of the jail's processes cannot be read here, so not searched either")
     assert scan_from_outside(TOKEN.encode()) == []
     assert ticket.outcomes == []
+
+
+def test_without_injection_the_token_is_in_the_memory_of_the_jail(
+    make_node: NodeMaker, hubspot: HubSpot, certificate: tuple[trustme.CA, Path]
+) -> None:
+    """The control of the test above, switched off: the search finds what there is to find."""
+    node = make_node(
+        HUBSPOT + HOSTILE + START,
+        data=[certificate[1]],
+        env={"REQUESTS_CA_BUNDLE": "/toolkit/authority.pem"},
+        egress=policy_of([HOST], [HOST]),
+        reroutes=[parse_reroute(HOST, f"127.0.0.1:{hubspot.port}")],
+    )
+    before = len(hubspot.seen)
+    begin(node, use_and_wait)
+    node.until(lambda: len(hubspot.seen) > before, "the request")
+    if not scan_from_outside(b"sandbox-placeholder"):
+        pytest.skip("memory of the jail's processes cannot be read here, so not searched either")
+    assert scan_from_outside(TOKEN.encode())
+
+
+def with_requests(url: str, bearer: str) -> int:
+    import requests
+
+    return requests.get(url, headers={"Authorization": bearer}).status_code
+
+
+def with_httpx(url: str, bearer: str) -> int:
+    import httpx
+
+    return httpx.get(url, headers={"Authorization": bearer}).status_code
+
+
+def with_aiohttp(url: str, bearer: str) -> int:
+    import asyncio
+
+    import aiohttp
+
+    async def fetch() -> int:
+        X
+                return answer.status
+
+    return asyncio.run(fetch())
+
+
+def with_urllib(url: str, bearer: str) -> int:
+    from urllib.request import Request, urlopen
+
+    return urlopen(Request(url, headers={"Authorization": bearer})).status
+
+
+def with_curl(url: str, bearer: str) -> int:
+    import subprocess
+
+    header = f"Authorization: {bearer}"
+    command = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "-H", header, url]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+def run_client(source: str, name: str, url: str) -> int:
+    scope: dict[str, Any] = {}
+    exec(source, scope)
+    status: int = scope[name](url, f"Bearer {auth_token}")  # type: ignore[name-defined]  # noqa: F821
+    return status
+
+
+@pytest.mark.parametrize("client", [with_requests, with_httpx, with_aiohttp, with_urllib])
+def test_clients_trust_the_runs_authority_as_they_come(injected: ServedNode, client: Any) -> None:
+    source = "from typing import Any\n" + inspect.getsource(client)
+    assert inside(injected, run_client, source, client.__name__, f"https://{HOST}/x") == 200
+
+
+def test_curl_trusts_the_runs_authority(
+    make_node: NodeMaker,
+    hubspot: HubSpot,
+    certificate: tuple[trustme.CA, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl on this machine")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
+    node = make_node(
+        HUBSPOT + HOSTILE + START,
+        programs=True,
+        concurrency=1,
+        egress=policy_of([HOST], [HOST], {"hubspot": [HOST]}),
+        reroutes=[parse_reroute(HOST, f"127.0.0.1:{hubspot.port}")],
+    )
+    source = inspect.getsource(with_curl)
+    assert inside(node, run_client, source, "with_curl", f"https://{HOST}/x") == 200
 
 
 def request(url: str, headers: dict[str, str], body: str, placeholder: str = "") -> list[object]:
