@@ -1,8 +1,8 @@
 """Tools that use a person's token: it arrives with each call, as `auth_token`.
 
-A jail reaches the hosts that are named for it: `--allow api.hubapi.com`; without that, their calls end
-as `tool_error` and say so. With `--inject hubspot=api.hubapi.com` besides, the token never enters the
-jail. `whose_token` shows, without any network, that the token arrived.
+A jail reaches the hosts that are named for it: `--allow api.hubapi.com`; without that, their calls
+end as `tool_error` and say so. With `--inject hubspot=api.hubapi.com` besides, the token never
+enters the jail. `whose_token` shows, without any network, that the token arrived.
 """
 
 import hashlib

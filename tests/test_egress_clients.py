@@ -524,7 +524,6 @@ def test_proxy_says_that_the_server_could_not_be_reached(
     assert not denied(ticket), "it was allowed"
 
 
-@pytest.mark.xfail(strict=True, reason="dial.py shows asyncio's text in place of the kernel's")
 def test_jail_does_not_learn_which_address_was_dialled(pattern: ServedNode, world: World) -> None:
     ticket = failed(pattern, requests_get, "http://r.example.com/", world.ca)
     assert "could not be reached: Connection refused" in ticket.failure.error
@@ -749,7 +748,6 @@ def test_allowed_name_has_one_loopback_address(named: ServedNode, name: str, how
     assert [address] == named.inside(look_up, "api.example.com", "getaddrinfo")
 
 
-@pytest.mark.xfail(strict=True, reason="/etc/hosts has no such spelling, and glibc strips no dot")
 @pytest.mark.parametrize("how", ["getaddrinfo", "gethostbyname"])
 def test_allowed_name_has_its_address_with_a_final_dot(named: ServedNode, how: str) -> None:
     (address,) = named.inside(look_up, "api.example.com.", how)

@@ -315,8 +315,9 @@ def with_aiohttp(url: str, bearer: str) -> int:
     import aiohttp
 
     async def fetch() -> int:
-        X
-                return answer.status
+        headers = {"Authorization": bearer}
+        async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
+            return answer.status
 
     return asyncio.run(fetch())
 

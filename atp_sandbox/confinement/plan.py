@@ -297,8 +297,10 @@ def _etc(network: NetworkView | None) -> dict[str, str]:
         "/etc/resolv.conf": "",
     }
     if network is not None:
+        # With a final dot too: a C library looks for the very spelling that it was given.
         names = enumerate(network.policy.names)
-        files["/etc/hosts"] = hosts + "".join(f"{address_of(i)} {name}\n" for i, name in names)
+        rows = [f"{address_of(i)} {name} {name}.\n" for i, name in names]
+        files["/etc/hosts"] = hosts + "".join(rows)
         files["/etc/nsswitch.conf"] = files["/etc/nsswitch.conf"].replace(
             "hosts: files", "hosts: files dns"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import encodings.idna  # noqa: F401  # getaddrinfo needs it, and later no file can be read
 import itertools
+import os
 import socket
 from collections.abc import Iterable
 from typing import Protocol
@@ -80,7 +81,8 @@ async def _dial_any(addresses: list[str], port: int) -> socket.socket:
             return sock
         except OSError as error:
             sock.close()
-            reason = error.strerror or str(error)
+            # Not its own text: asyncio puts the address into it.
+            reason = os.strerror(error.errno) if error.errno else type(error).__name__
         except BaseException:
             sock.close()
             raise

@@ -27,23 +27,16 @@ from dataclasses import dataclass
 
 import h11
 
-from .denial import Denied, Failed
-from .meter import Meter
-from .placeholders import Headers, Leaving, Returning, fill_headers, holds_placeholder
+from atp_sandbox.egress.denial import Denied, Failed
+from atp_sandbox.egress.heads import end_to_end, forwarded, has_body, is_plain
+from atp_sandbox.egress.meter import Meter
+from atp_sandbox.egress.placeholders import Leaving, Returning
+from atp_sandbox.egress.side import READ_BYTES, Gone, Side
 
-MAX_HEAD_BYTES = 64 * 1024
-"""All header lines of a message; servers in use take 8 to 64 KiB."""
 TLS_TIMEOUT_S = 15.0
 LINGER_S = 2.0
 """How long a client that still sends may take to read why it was refused; and to end TLS."""
-_READ_BYTES = 64 * 1024
 
-# RFC 9110, section 7.6.1, and what clients send in its spirit.
-_HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
-    b"transfer-encoding upgrade http2-settings".split()
-)
-_SET_HERE = frozenset((b"host", b"content-length", b"accept-encoding", b"range", b"if-range"))
 _REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 _BODYLESS = frozenset((204, 304))
 
@@ -64,10 +57,6 @@ class InjectLimits:
 
 class _TimedOut(Failed):
     """Answered 504."""
-
-
-class _Gone(Exception):
-    """The toolkit ended the connection: nobody is left to answer."""
 
 
 class _Stale(Exception):
@@ -102,7 +91,7 @@ async def serve_injected(
         client.close()
         raise ValueError("the host's certificate would not be verified")
     reader, writer = await _accept_tls(client, server_context, limits)
-    side = _Side(reader, writer, h11.SERVER)
+    side = Side(reader, writer, h11.SERVER)
     relay = _Relay(side, host, port, upstream_context, dial, secrets, limits, meter, on_refusal)
     await relay.serve()
 
@@ -111,7 +100,7 @@ async def _accept_tls(
     client: socket.socket, context: ssl.SSLContext, limits: InjectLimits
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=_READ_BYTES)
+    reader = asyncio.StreamReader(limit=READ_BYTES)
     protocol = asyncio.StreamReaderProtocol(reader)
     try:
         transport, _ = await loop.connect_accepted_socket(
@@ -130,100 +119,12 @@ async def _accept_tls(
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
-class _Side:
-    """One end of TLS and its HTTP state machine; faults come out as whose fault they are."""
-
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        role: type[h11.CLIENT] | type[h11.SERVER],
-    ) -> None:
-        self._reader, self._writer = reader, writer
-        self.protocol = h11.Connection(role, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._is_toolkit = role is h11.SERVER
-        self._has_ended = False
-        self.is_reused = False
-        self.has_spoken = False
-        """In this exchange."""
-
-    async def next_event(self, count: Callable[[int], None]) -> object:
-        """The next h11 event; `count` is told of the bytes that were read for it."""
-        while True:
-            try:
-                event = self.protocol.next_event()
-            except h11.RemoteProtocolError:
-                raise self._fault() from None
-            if event is not h11.NEED_DATA:
-                return event
-            try:
-                data = await self._reader.read(_READ_BYTES)
-            except OSError:
-                data = b""
-            self._has_ended = not data
-            self.has_spoken = self.has_spoken or bool(data)
-            count(len(data))
-            self.protocol.receive_data(data)
-
-    async def send(self, event: h11.Event) -> None:
-        """Returns when there is room for more."""
-        try:
-            data = self.protocol.send(event)
-        except h11.LocalProtocolError:  # what the other side said cannot be said on
-            raise Failed("the answer is not HTTP/1.1") from None
-        if data:
-            await self.write(data)
-
-    async def write(self, data: bytes) -> None:
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except OSError:
-            self._has_ended = True
-            raise self._fault() from None
-
-    def _fault(self) -> Exception:
-        if self._is_toolkit:
-            return _Gone() if self._has_ended else Denied("a request that is not proper HTTP/1.1")
-        if self._has_ended:
-            return Failed("the host ended the connection")
-        return Failed("the host's answer is not proper HTTP/1.1")
-
-    @property
-    def is_open(self) -> bool:
-        """Whether another exchange may begin: nothing that nobody asked for, no end of file."""
-        waiting = self.protocol.trailing_data[0]
-        return not (waiting or self._reader.at_eof() or self._writer.is_closing())
-
-    def start_next(self) -> bool:
-        """Begin another exchange; False if this connection's state does not allow for one."""
-        if self.protocol.our_state is h11.DONE and self.protocol.their_state is h11.DONE:
-            self.protocol.start_next_cycle()
-            self.is_reused, self.has_spoken = True, False
-            return True
-        return False
-
-    async def discard(self) -> None:
-        """Read until the end: closing with bytes unread would take back what was written."""
-        while await self._reader.read(_READ_BYTES):
-            pass
-
-    async def close(self) -> None:
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-
-    def abort(self) -> None:
-        """At once, and after `close` without effect."""
-        self._writer.transport.abort()
-
-
 class _Relay:
     """The exchanges of one connection, one after the other."""
 
     def __init__(
         self,
-        client: _Side,
+        client: Side,
         host: str,
         port: int,
         upstream_context: ssl.SSLContext,
@@ -239,7 +140,7 @@ class _Relay:
         self._upstream_context, self._dial, self._secrets = upstream_context, dial, secrets
         self._limits, self._meter = limits, meter
         self._left_bytes = limits.max_bytes
-        self._upstream: _Side | None = None
+        self._upstream: Side | None = None
         self._tokens: set[bytes] = set()
         self._method = b""
         self._is_busy = False
@@ -249,7 +150,7 @@ class _Relay:
     async def serve(self) -> None:
         try:
             await self._serve_all()
-        except _Gone:
+        except Gone:
             return
         except (Denied, Failed) as fault:
             self._drop_upstream()
@@ -283,11 +184,11 @@ class _Relay:
         self._touch()
         self._is_busy = True
         self._method = request.method
-        if not _has_body(request.headers):  # then its end waits for nothing
+        if not has_body(request.headers):  # then its end waits for nothing
             await self._client.next_event(self._count_sent)
             self._body_is_read = True
         secrets = self._secrets()
-        head = _forwarded(request, self._host, self._port, secrets)
+        head = forwarded(request, self._host, self._port, secrets)
         self._tokens |= set(secrets.values())
         await self._exchange(head)
         if self._upstream is not None and not self._upstream.start_next():
@@ -306,7 +207,7 @@ class _Relay:
             except _Stale:
                 self._drop_upstream()  # and a fresh one is not
 
-    async def _pass(self, upstream: _Side, head: h11.Request) -> None:
+    async def _pass(self, upstream: Side, head: h11.Request) -> None:
         """The request up and the answer down at once, as the host may answer before the end."""
         upload = asyncio.create_task(self._upload(upstream, head))
         download = asyncio.create_task(self._download(upstream))
@@ -320,7 +221,7 @@ class _Relay:
             download.cancel()
             await asyncio.gather(upload, download, return_exceptions=True)
 
-    async def _upload(self, upstream: _Side, head: h11.Request) -> None:
+    async def _upload(self, upstream: Side, head: h11.Request) -> None:
         leaving = Leaving()
         # A host that takes no more may have answered: what comes of it the download tells.
         with contextlib.suppress(Failed):
@@ -335,7 +236,7 @@ class _Relay:
                     self._body_is_read = True
             await upstream.send(h11.EndOfMessage())
 
-    async def _download(self, upstream: _Side) -> None:
+    async def _download(self, upstream: Side) -> None:
         returning = Returning(self._tokens)
         while True:
             event = await self._next_of_answer(upstream)
@@ -354,7 +255,7 @@ class _Relay:
                 return await self._client.send(h11.EndOfMessage())
             self._touch()
 
-    async def _next_of_answer(self, upstream: _Side) -> object:
+    async def _next_of_answer(self, upstream: Side) -> object:
         try:
             event = await upstream.next_event(self._count_received)
             if isinstance(event, h11.ConnectionClosed):
@@ -372,10 +273,10 @@ class _Relay:
             await self._client.send(h11.InformationalResponse(status_code=100, headers=[]))
 
     def _answer(self, response: h11.Response, returning: Returning) -> h11.Response:
-        headers = _end_to_end(response.headers.raw_items(), response.headers)
+        headers = end_to_end(response.headers.raw_items(), response.headers)
         returning.check(b"\n".join((response.reason, *(part for pair in headers for part in pair))))
         has_body = self._method != b"HEAD" and response.status_code not in _BODYLESS
-        if has_body and not _is_plain(response.headers):
+        if has_body and not is_plain(response.headers):
             raise Denied("an answer that is compressed, though none was asked for")
         if not self._body_is_read:
             headers.append((b"Connection", b"close"))  # the rest of the request will not be read
@@ -383,7 +284,7 @@ class _Relay:
             status_code=response.status_code, reason=response.reason, headers=headers
         )
 
-    async def _connect(self) -> _Side:
+    async def _connect(self) -> Side:
         try:
             dialled = await self._dial()
         except OSError as error:
@@ -396,7 +297,7 @@ class _Relay:
                 server_hostname=self._host,
                 ssl_handshake_timeout=TLS_TIMEOUT_S,
                 ssl_shutdown_timeout=LINGER_S,
-                limit=_READ_BYTES,
+                limit=READ_BYTES,
             )
         except ssl.SSLCertVerificationError as error:
             raise Failed(f"the host's certificate: {error.verify_message}") from None
@@ -405,7 +306,7 @@ class _Relay:
         except OSError:
             raise Failed("no TLS with the host") from None
         self._touch()
-        return _Side(reader, writer, h11.CLIENT)
+        return Side(reader, writer, h11.CLIENT)
 
     async def _refuse(self, fault: Denied | Failed) -> None:
         """Tell the toolkit, if nothing was told yet, and close in order."""
@@ -417,7 +318,7 @@ class _Relay:
         body = b"" if self._method == b"HEAD" else reason + b"\n"
         head = b"HTTP/1.1 %b %b\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n"
         head += b"Connection: close\r\n\r\n"
-        with contextlib.suppress(_Gone, Denied, TimeoutError):
+        with contextlib.suppress(Gone, Denied, TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 await self._client.write(head % (status, reason, len(body)) + body)
                 if not self._body_is_read:
@@ -455,61 +356,3 @@ class _Relay:
         self._left_bytes -= size
         if self._left_bytes < 0:
             raise Denied(f"more than {self._limits.max_bytes} bytes on one connection")
-
-
-def _forwarded(
-    request: h11.Request, host: str, port: int, secrets: Mapping[bytes, bytes]
-) -> h11.Request:
-    """PURE: what the host is sent in place of `request`. Denied if it is to see none of it."""
-    headers, target = request.headers, request.target
-    if request.http_version not in (b"1.0", b"1.1"):
-        raise Denied("a request that is not proper HTTP/1.1")
-    # h11 bounds what is not whole yet; this is a head that came in one read with another's end.
-    if sum(len(name) + len(value) for name, value in headers) + len(target) > MAX_HEAD_BYTES:
-        raise Denied("a request whose head is too long")
-    if request.method in (b"CONNECT", b"TRACE"):
-        raise Denied("a method that is not for this host")  # TRACE tells what it was sent
-    if not target.startswith(b"/") and (request.method, target) != (b"OPTIONS", b"*"):
-        raise Denied("a request whose target is not a path")
-    if holds_placeholder(target) or holds_placeholder(request.method):
-        raise Denied("a placeholder outside the value of a header")
-    names = [name for name, _ in headers]
-    if b"transfer-encoding" in names and b"content-length" in names:
-        raise Denied("a request with two lengths")
-    _check_host(headers, host.encode(), port)
-    kept = _end_to_end(fill_headers(headers.raw_items(), secrets), headers)
-    own = [(b"Host", host.encode() if port == 443 else b"%b:%d" % (host.encode(), port))]
-    own += [(name, value) for name, value in headers if name == b"content-length"]
-    if b"transfer-encoding" in names:
-        own.append((b"Transfer-Encoding", b"chunked"))
-    own.append((b"Accept-Encoding", b"identity"))
-    kept = [(name, value) for name, value in kept if name.lower() not in _SET_HERE]
-    return h11.Request(method=request.method, target=target, headers=own + kept)
-
-
-def _check_host(headers: Headers, host: bytes, port: int) -> None:
-    told = [value.lower() for name, value in headers if name == b"host"]
-    allowed = [b"%b:%d" % (host, port)] + ([host] if port == 443 else [])
-    if len(told) != 1 or told[0] not in allowed:
-        raise Denied("a request for another host")
-
-
-def _end_to_end(raw: Headers, headers: Headers) -> list[tuple[bytes, bytes]]:
-    """`raw` without what is for one connection only; `headers` are the same in lower case."""
-    named = b",".join(value for name, value in headers if name == b"connection").lower().split(b",")
-    # A Connection header that names what frames a body shall not take the framing away.
-    dropped = _HOP_BY_HOP | ({name.strip() for name in named} - {b"content-length"})
-    return [(name, value) for name, value in raw if name.lower() not in dropped]
-
-
-def _has_body(headers: Headers) -> bool:
-    """Whether any byte may come: h11 has checked that a length is a number."""
-    return any(
-        name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
-        for name, value in headers
-    )
-
-
-def _is_plain(headers: Headers) -> bool:
-    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
-    return all(coding in (b"", b"identity") for coding in codings)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, quote_plus
 
-from .denial import Denied
+from atp_sandbox.egress.denial import Denied
 
 PREFIX = "atp-placeholder-"
 DIGITS = 32
