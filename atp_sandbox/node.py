@@ -16,7 +16,8 @@ from typing import Protocol
 from atp_sandbox import log
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.egress import authority
-from atp_sandbox.egress.service import Denial, EgressError, EgressService
+from atp_sandbox.egress.jail_network import Denial
+from atp_sandbox.egress.service import EgressError, EgressService
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
 from atp_sandbox.jails.cgroup_mover import Mover

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from atp_sandbox.discovery import Discovery, Tool
-from atp_sandbox.egress.service import Denial
+from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.learned import Learned
 from atp_sandbox.loop import Loop

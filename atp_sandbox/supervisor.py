@@ -14,7 +14,7 @@ from collections.abc import Callable
 from atp_sandbox import log, routing
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
-from atp_sandbox.egress.service import Denial
+from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
 from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry

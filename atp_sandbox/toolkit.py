@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 from atp_sandbox import log
 from atp_sandbox.confinement.plan import JailSpec, NetworkView, ToolkitView, jail_processes
 from atp_sandbox.discovery import Discovery, Tool, parse_report
-from atp_sandbox.egress.service import EgressService, JailNetwork, with_denials
+from atp_sandbox.egress.jail_network import JailNetwork, with_denials
+from atp_sandbox.egress.service import EgressService
 from atp_sandbox.egress.tokens import substitute
 from atp_sandbox.errors import SandboxError, ToolkitError
 from atp_sandbox.jails.cgroup_mover import Mover

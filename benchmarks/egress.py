@@ -3,17 +3,21 @@
     python -m benchmarks.egress [--rounds 5] [--megabytes 256] [--json FILE]
 
 Everything is on this machine's loopback, in one run, direct and through the egress process in turn.
-Direct is the same client code outside of any jail. Printed
-are medians with their spread, and the ratio: throughput down and up, the time of a small exchange
-on a connection of its own and on one that is kept, and through the proxy of patterns.
+Direct is the same client code outside of any jail. Printed are medians with their spread, and the
+ratio to direct: throughput down and up, the time of a small exchange
+on a connection of its own and on one that is kept, by name and through the proxy of patterns; then
+HTTPS requests whose token the tool has (`named`) or is put in outside the jail (`inject`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import socket
+import ssl
 import statistics
 import sys
 import tempfile
@@ -22,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import trustme
 
 from atp_sandbox import log
 from atp_sandbox.limits import Limits
@@ -94,6 +100,28 @@ def exchanges(host, port, proxied, count):
             sock.recv(64)
             times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
+
+
+def https(where, context, token, count, kept):
+    """Median milliseconds of a request, over a connection of its own or one that is kept."""
+    head = "GET / HTTP/1.1\\r\\nHost: host.example:8000\\r\\n"
+    head += f"Authorization: Bearer {token}\\r\\n\\r\\n"
+    times, tls = [], None
+    for _ in range(count):
+        began = time.perf_counter()
+        if tls is None:
+            sock = socket.create_connection(where, 60)
+            tls = context.wrap_socket(sock, server_hostname="host.example")
+        tls.sendall(head.encode())
+        answer = b""
+        while not answer.endswith(b"done"):
+            answer += tls.recv(4096)
+        assert b" 200 " in answer, answer
+        if not kept:
+            tls.close()
+            tls = None
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e3
 '''
 TOOLKIT = (
     CLIENT
@@ -110,6 +138,14 @@ def measure(name, proxied, amount, **_):
     return globals()[name]("HOST", PORT, proxied, amount)
 
 
+@client.register_tool(
+    function_name="measure_https", params=["kept", "count"], required_params=["kept"],
+    description="", auth_provider="provider", auth_type="OAuth2", auth_with="access_token")
+def measure_https(kept, count, auth_token, **_):
+    import ssl
+    return https(("HOST", PORT), ssl.create_default_context(), auth_token, count, kept)
+
+
 client.start()
 """.replace("HOST", HOST).replace("PORT", str(PORT))
 )
@@ -120,6 +156,9 @@ MEASURES = {
     "exchanges": ("µs", False),
 }
 """Name → unit, and whether more is better."""
+TOKEN = "t" * 40
+HTTPS = {"https": False, "https, kept": True}
+HTTPS_COUNT = 200
 
 
 class Host:
@@ -154,6 +193,81 @@ class Host:
                     client.sendall(b"!")
 
 
+class TlsHost:
+    """Answers each request over TLS, on connections that it keeps."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = trustme.CA()
+        self.certificates = folder / "authority.pem"
+        authority.cert_pem.write_to_path(str(self.certificates))
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(HOST).configure_cert(self._context)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone"
+        with contextlib.suppress(OSError), self._context.wrap_socket(client, True) as tls:
+            request = b""
+            while chunk := tls.recv(65536):
+                request += chunk
+                if request.endswith(b"\r\n\r\n"):
+                    assert TOKEN.encode() in request
+                    request = b""
+                    tls.sendall(answer)
+
+
+def measure_https(
+    path: Path, host: TlsHost, direct: dict[str, Any], name: str, rounds: int
+) -> dict[str, Any]:
+    """One row: direct, TLS end to end through the egress process, and ended there."""
+    reroute = parse_reroute(f"{HOST}:{PORT}", f"127.0.0.1:{host.port}")
+    kept = HTTPS[name]
+    plain = ToolkitSettings(
+        "kit",
+        path,
+        (host.certificates,),
+        {"SSL_CERT_FILE": "/toolkit/authority.pem"},
+        limits=replace(Limits(), time_s=300.0),
+        egress=policy_of([f"{HOST}:{PORT}"], [HOST]),
+    )
+    bound = policy_of([f"{HOST}:{PORT}"], [HOST], {"provider": [HOST]})
+    context = ssl.create_default_context(cafile=str(host.certificates))
+
+    def inside(settings: ToolkitSettings) -> float:
+        with SingleToolkit(settings, [reroute]) as single:
+            tool = next(t for t in single.discovery.registrations if t.name == "measure_https")
+            params = json.dumps({"kept": kept, "count": HTTPS_COUNT}).encode()
+            outcome, _ = single.call(tool, params, json.dumps(TOKEN).encode())
+        assert isinstance(outcome, Success), outcome
+        return float(json.loads(outcome.result_json))
+
+    where = ("127.0.0.1", host.port)
+    ways: dict[str, Callable[[], float]] = {
+        "direct": lambda: float(direct["https"](where, context, TOKEN, HTTPS_COUNT, kept)),
+        "named": lambda: inside(plain),
+        "inject": lambda: inside(replace(plain, env={}, data=(), egress=bound)),
+    }
+    return {"name": name, "unit": "ms", "rounds": in_turn(name, ways, rounds)}
+
+
+def in_turn(name: str, ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each way gave, round after round."""
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way, run in ways.items():
+            found[way].append(run())
+        print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -177,6 +291,10 @@ def main() -> int:
             egress=policy_of([f"{HOST}:{PORT}"], [HOST], limits=EgressLimits(bytes=1 << 40)),
         )
         rows = [measure(settings, host, direct, name, amounts, given) for name in MEASURES]
+        tls_host = TlsHost(Path(folder))
+        # By which the egress process knows whom the host's certificate must come from.
+        os.environ["SSL_CERT_FILE"] = str(tls_host.certificates)
+        rows += [measure_https(path, tls_host, direct, name, given.rounds) for name in HTTPS]
     print(f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}")
     for row in rows:
         print(table_line(row))
@@ -199,7 +317,7 @@ def measure(
 
     def inside(proxied: bool) -> float:
         with SingleToolkit(settings, [reroute]) as single:
-            (tool,) = single.discovery.registrations
+            tool = next(t for t in single.discovery.registrations if t.name == "measure")
             params = {"name": name, "proxied": proxied, "amount": amount}
             outcome, _ = single.call(tool, json.dumps(params).encode(), None)
         assert isinstance(outcome, Success), outcome
@@ -210,12 +328,7 @@ def measure(
         "named": lambda: inside(False),
         "proxy": lambda: inside(True),
     }
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(given.rounds):
-        for way, run in ways.items():
-            found[way].append(run())
-        print(f"{name}: round {number + 1} of {given.rounds}", file=sys.stderr)
-    return {"name": name, "unit": MEASURES[name][0], "rounds": found}
+    return {"name": name, "unit": MEASURES[name][0], "rounds": in_turn(name, ways, given.rounds)}
 
 
 def table_line(row: dict[str, Any]) -> str:

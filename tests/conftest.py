@@ -26,7 +26,7 @@ import pytest
 from atp_sandbox.admission import ServedTool, admit
 from atp_sandbox.atp.messages import ToolRequest
 from atp_sandbox.discovery import Discovery
-from atp_sandbox.egress.service import Denial
+from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits

@@ -12,25 +12,22 @@ import contextlib
 import itertools
 import json
 import os
-import secrets
 import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atp_sandbox import log
 from atp_sandbox.egress import messages
 from atp_sandbox.egress.authority import Authority, make_authority
+from atp_sandbox.egress.jail_network import Denial, JailNetwork
 from atp_sandbox.isolation import Isolation
 from atp_sandbox.jails.channel import Channel, channel_pair
 from atp_sandbox.jails.launch import allocate_id, release_id
 from atp_sandbox.jails.output import OutputPipe
 from atp_sandbox.jails.processes import ProcessHandle, read_status
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure
 from atp_sandbox.policy import EgressPolicy, Reroute
 from workers import frames
 
@@ -40,12 +37,7 @@ _START_S = 20.0
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 10.0
 _STABLE_S = 10.0
-_KEY_BYTES = 32
-_KEPT_DENIALS = 64
-"""Of one jail: answers name a few, and a hostile tool makes any number."""
 _KEPT_ENDED = 1_000
-_TOLD_DENIALS = 8
-"""In one answer."""
 _CERTIFICATE_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 """Environment by which OpenSSL finds what the machine trusts."""
 
@@ -56,101 +48,6 @@ class EgressError(Exception):
     def __init__(self, step: str, reason: str) -> None:
         super().__init__(f"the egress process: {reason}")
         self.step = step
-
-
-@dataclass(frozen=True, slots=True)
-class Denial:
-    """A connection that was refused, as an answer names it."""
-
-    at: float
-    worker: int
-    host: str
-    port: int | None
-    reason: str
-
-
-def with_denials(failure: Failure, denials: Sequence[Denial]) -> Failure:
-    """The failure, saying what was refused to its call; each thing once."""
-    rows = [{"host": one.host, "port": one.port, "reason": one.reason} for one in denials]
-    distinct = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    if not distinct:
-        return failure
-    return replace(failure, details={**failure.details, "denied": distinct[:_TOLD_DENIALS]})
-
-
-class JailNetwork:
-    """The way out of one jail; made before it, and closed with it."""
-
-    def __init__(self, service: EgressService, number: int, toolkit: str, policy: EgressPolicy):
-        self._service = service
-        self.number = number
-        self.toolkit = toolkit
-        self.policy = policy
-        self.key = secrets.token_bytes(_KEY_BYTES)
-        self.listeners: list[socket.socket] = []
-        self._denials: deque[Denial] = deque(maxlen=_KEPT_DENIALS)
-        self._on_open: Callable[[], None] | None = None
-        self._placeholders: dict[str, tuple[str, bytes]] = {}
-
-    def ticket(self, worker: int) -> str:
-        return messages.ticket(self.key, worker)
-
-    def certificates(self) -> str:
-        """What the jail trusts, PEM: ours and the usual ones; empty: what the machine does."""
-        authority = self._service.authority(self.policy)
-        if authority is None:
-            return ""
-        return _usual_authorities() + authority.cert_pem.decode()
-
-    def attach(self, listeners: Sequence[socket.socket], on_open: Callable[[], None]) -> None:
-        """Take over a bound socket for each port; `on_open()` once they are accepted on.
-
-        Also called at once if the egress process is being restarted: until it is back, connections
-        are refused.
-        """
-        self.listeners = list(listeners)
-        self._on_open = on_open
-        self._service.open(self)
-
-    def opened(self) -> None:
-        on_open, self._on_open = self._on_open, None
-        if on_open is not None:
-            on_open()
-
-    def fill(self, provider: str, placeholder: str, token: bytes) -> None:
-        """From now on `placeholder` stands for `token` at the hosts of `provider`."""
-        self._placeholders[placeholder] = (provider, token)
-        self._service.send("fill", self.number, provider, placeholder, token)
-
-    def forget(self, placeholder: str) -> None:
-        """Its call has ended."""
-        if self._placeholders.pop(placeholder, None) is not None:
-            self._service.send("forget", self.number, placeholder)
-
-    @property
-    def placeholders(self) -> Mapping[str, tuple[str, bytes]]:
-        return self._placeholders
-
-    def note(self, denial: Denial) -> None:
-        self._denials.append(denial)
-
-    def denied(self, worker: int, since: float) -> list[Denial]:
-        """What was refused to `worker` since then: all that it asked for with its own ticket, and
-        what somebody of this jail did with a host of the policy.
-        """
-        self._service.catch_up()
-        mine = (worker, messages.ANY_WORKER)
-        return [one for one in self._denials if one.worker in mine and one.at >= since]
-
-    def close(self) -> None:
-        """Give the sockets back; safe to call again."""
-        self._on_open = None
-        self._placeholders.clear()
-        self._service.catch_up()  # what was refused may be told in an answer yet
-        self._service.forget_jail(self)
-        for sock in self.listeners:
-            sock.close()
-        self.listeners.clear()
 
 
 class EgressService:
@@ -469,13 +366,6 @@ def _described(verdict: str, host: str, port: int | None, reason: str) -> str:
     """`denied: evil.example:443 is not allowed for toolkit crm`."""
     place = host if port is None else f"{host}:{port}"
     return f"{verdict}: {f'{place} {reason}'.strip()}"
-
-
-def _usual_authorities() -> str:
-    """What requests trusts, PEM."""
-    from requests.utils import DEFAULT_CA_BUNDLE_PATH
-
-    return Path(DEFAULT_CA_BUNDLE_PATH).read_text(encoding="utf-8")
 
 
 def _what_is_wrong(pid: int, outside_id: int | None, isolation: Isolation) -> str:
