@@ -30,7 +30,7 @@ from atp_sandbox.jails.snapshot import Snapshot
 from atp_sandbox.jails.worker import Exited
 from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Outcome
+from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.scheduling import pool, verdict
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 from atp_sandbox.state import scratch_directory
@@ -67,8 +67,8 @@ class NodeCall:
     is_sample: bool = False
     call_id: bytes = b""
     """Random, given when the call is handed to a worker; its answer must carry it."""
-    placeholders: tuple[str, ...] = field(default=(), repr=False)
-    """What its tool got in place of the token, if that is put in outside the jail."""
+    stands_for: dict[str, bytes] = field(default_factory=dict, repr=False)
+    """If its token is put in outside the jail: what the placeholders in `token` stand for."""
 
 
 class ToolkitListener(Protocol):
@@ -144,6 +144,14 @@ class ServedToolkit:
 
     def submit(self, call: NodeCall) -> None:
         """Take over `call`; its deadline runs from `call.received_at`."""
+        if call.token is not None and self.settings.egress.inject:
+            try:
+                call.token, call.stands_for = substitute(call.token)
+            except ValueError as error:
+                sentence = f"The token cannot be kept outside of the jail: {error}."
+                failure = Failure(Kind.AUTH_REQUIRED, sentence)
+                self._listener.call_finished(call, failure, "")
+                return
         entry = pool.Call(
             call,
             received_at=call.received_at,
@@ -433,24 +441,19 @@ class ServedToolkit:
         assert isinstance(payload, NodeCall)
         payload.call_id = secrets.token_bytes(_CALL_ID_BYTES)
         jail = self._jail_of(number)
-        token = payload.token
-        if token is not None and self.settings.egress.inject:
-            token = self._keep_token(jail, payload, token)
+        for placeholder, secret in payload.stands_for.items():
+            # A provider that the operator named no hosts for is nowhere: what a toolkit says of its
+            # tools shall not get it a token.
+            provider = payload.tool.auth_provider or ""
+            self._networks[jail].fill(provider, placeholder, secret)
         jail.send_call(
-            number, payload.call_id, payload.tool.index, payload.params, token, payload.is_sample
+            number,
+            payload.call_id,
+            payload.tool.index,
+            payload.params,
+            payload.token,
+            payload.is_sample,
         )
-
-    def _keep_token(self, jail: Jail, payload: NodeCall, token: bytes) -> bytes:
-        """What the tool gets instead; the token is put in where its provider is.
-
-        A provider that the operator named no hosts for is nowhere: what a toolkit says of its tools
-        shall not get it a token.
-        """
-        held, stands_for = substitute(token)
-        payload.placeholders = tuple(stands_for)
-        for placeholder, secret in stands_for.items():
-            self._networks[jail].fill(payload.tool.auth_provider or "", placeholder, secret)
-        return held
 
     def _kill(self, number: int) -> None:
         if self.lifetime.kind is not LifetimeKind.JAIL:
@@ -476,7 +479,7 @@ class ServedToolkit:
         network = self._networks.get(jail)
         if network is None:
             return outcome
-        for placeholder in payload.placeholders:
+        for placeholder in payload.stands_for:
             network.forget(placeholder)
         if not isinstance(outcome, Failure):
             return outcome

@@ -22,6 +22,7 @@ import trustme
 from conftest import NodeMaker, ServedNode, Ticket, toolkit_text
 
 from atp_sandbox import loopback
+from atp_sandbox.egress.budget import Budget
 from atp_sandbox.egress.connection import Connection, Tls
 from atp_sandbox.egress.dial import SystemResolver
 from atp_sandbox.egress.gate import Gate
@@ -713,7 +714,7 @@ def test_denial_is_told_before_the_client_reads_of_it() -> None:
         with listener, socket.create_connection(listener.getsockname()):
             client, _ = listener.accept()
             client.setblocking(False)
-            gate = Gate(1, "kit", names, b"", [])
+            gate = Gate(1, "kit", names, b"", [], asyncio.Semaphore(1), Budget(1, 1.0))
             connection = Connection(
                 gate,
                 client,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import errno
 import http.server
 import os
 import shutil
@@ -12,19 +15,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from conftest import LogLine, NodeMaker, ServedNode, toolkit_text
+from hypothesis import given
+from hypothesis import strategies as st
 
-from atp_sandbox.egress import dial, lockdown, service
-from atp_sandbox.egress.denial import Denied
+from atp_sandbox.egress import dial, launch, lockdown, messages, service
+from atp_sandbox.egress.budget import Budget
+from atp_sandbox.egress.denial import Denied, Failed
+from atp_sandbox.egress.gate import Gate, Target
 from atp_sandbox.egress.relay import check_hello
 from atp_sandbox.errors import IsolationError
 from atp_sandbox.isolation import Isolation, Level, Waivable
 from atp_sandbox.jails.processes import read_status
 from atp_sandbox.policy import EgressPolicy, Reroute, parse_reroute, policy_of
 from atp_sandbox.settings import ToolkitSettings
+from workers.frames import FrameError, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "api.example.com"
@@ -163,6 +171,14 @@ def in_child(attempt: Callable[[], object], *, has_landlock: bool = True) -> str
     return told
 
 
+def signal_thread(pid: int) -> None:
+    """tgkill(2) with signal 0: whether it would be allowed."""
+    number = {"x86_64": 234, "aarch64": 131}[os.uname().machine]
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, pid, pid, 0) != 0:
+        raise OSError(ctypes.get_errno(), "tgkill")
+
+
 FORBIDDEN: dict[str, Callable[[], object]] = {
     "start a program": lambda: os.execv("/bin/true", ["true"]),
     "make a process": os.fork,
@@ -175,6 +191,11 @@ FORBIDDEN: dict[str, Callable[[], object]] = {
     "ask the kernel for its network": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
     "signal another process": lambda: os.kill(os.getppid(), 0),
     "signal its group": lambda: os.kill(0, 0),
+    "signal a thread of another process": lambda: signal_thread(os.getppid()),
+    "make a pair that could send to any path": lambda: socket.socketpair(
+        socket.AF_UNIX, socket.SOCK_DGRAM
+    ),
+    "take a port": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(("127.0.0.1", 0)),
     "become somebody else": lambda: os.setresuid(0, 0, 0) if os.geteuid() else os.fork(),
 }
 
@@ -257,7 +278,7 @@ def test_a_start_that_the_egress_process_fails_says_which_layer(
 ) -> None:
     boot = tmp_path / "boot.py"
     boot.write_text("raise SystemExit('no such thing here')")
-    monkeypatch.setattr(service, "_BOOT", boot)
+    monkeypatch.setattr(launch, "BOOT", boot)
     node = make_node(PROBE_TOOLKIT)
     with pytest.raises(IsolationError, match="egress process") as caught:
         _ = node.discovery
@@ -477,7 +498,202 @@ def test_a_flood_of_denials_is_bounded_in_the_log(
     assert dropped
 
 
+def ask_without_end(seconds: float) -> int:
+    """Inside: questions to the jail's resolver, as fast as they are answered."""
+    import socket
+    import struct
+    import time
+
+    asked, until = 0, time.monotonic() + seconds
+    question = b"\1x\7example\0" + struct.pack(">HH", 1, 1)
+    message = struct.pack(">HHHHHH", 1, 0x0100, 1, 0, 0, 0) + question
+    while time.monotonic() < until:
+        with socket.create_connection(("127.128.0.2", 53), 5) as sock:
+            try:
+                while time.monotonic() < until:
+                    sock.sendall((struct.pack(">H", len(message)) + message) * 20)
+                    if not sock.recv(65536):
+                        break
+                    asked += 20
+            except OSError:
+                continue
+    return asked
+
+
+def test_a_flood_of_questions_keeps_nobody_else_waiting(
+    make_node: NodeMaker, stand_in: StandIn
+) -> None:
+    node = make_node(PROBE_TOOLKIT, **toward(stand_in))
+    flood = node.begin_inside(ask_without_end, 3.0)
+    node.until(lambda: node.toolkit and node.toolkit.running == 1, "its start")
+    for _ in range(5):
+        before = time.monotonic()
+        assert SECRET_BODY.decode() in node.inside(fetch, HOST, 8080)
+        assert time.monotonic() - before < AT_ONCE_S
+    node.finish(flood)
+    assert flood.value > 100
+
+
+def test_a_connection_to_the_resolver_has_a_number_of_questions(shared: ServedNode) -> None:
+    def ask() -> int:
+        import socket
+        import struct
+
+        question = b"\1x\7example\0" + struct.pack(">HH", 1, 1)
+        message = struct.pack(">HHHHHH", 1, 0x0100, 1, 0, 0, 0) + question
+        framed = struct.pack(">H", len(message)) + message
+        answered = 0
+        with socket.create_connection(("127.128.0.2", 53), 5) as sock:
+            try:
+                while True:
+                    sock.sendall(framed)
+                    if len(sock.recv(4096)) < 12:
+                        return answered
+                    answered += 1
+            except OSError:
+                return answered
+
+    assert shared.inside(ask) == 64
+
+
+def test_what_a_toolkit_looks_up_slowly_counts_until_it_is_found() -> None:
+    """Whoever owns a domain may answer as slowly as he likes, and threads are few."""
+
+    class Slow:
+        async def resolve(self, host: str, port: int) -> tuple[list[str], int]:
+            await answered.wait()
+            return ["192.0.2.1"], port
+
+    async def look_up() -> None:
+        semaphore = asyncio.Semaphore(2)
+        policy = policy_of([HOST])
+        gate = Gate(1, "kit", policy, b"", [], semaphore, Budget(1, 1))
+        for _ in range(2):
+            with pytest.raises(Failed, match="could not be resolved in time"):
+                await dial.dial(gate, Target(HOST, 443), Slow())
+        assert semaphore.locked()
+        answered.set()
+        await asyncio.sleep(0.01)
+        assert not semaphore.locked()
+
+    answered = asyncio.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dial, "_RESOLVE_S", 0.01)
+        asyncio.run(look_up())
+
+
+# -- what it tells ---------------------------------------------------------------------------------
+
+LINE = ["connection", 1, 1, HOST, 443, "192.0.2.1", 1, 2, 3, "denied", "is not allowed"]
+
+
+def test_a_line_of_a_connection_is_read() -> None:
+    assert messages.read_connection(LINE).host == HOST
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (3, "x" * 254),
+        (3, "e\u200bvil"),
+        (3, "a\nb"),
+        (4, 0),
+        (4, 65_536),
+        (5, "1" * 65),
+        (5, "\x1b[31m"),
+        (6, -1),
+        (9, "fine"),
+        (10, "y" * 301),
+        (10, "a\rb"),
+        (2, -2),
+    ],
+)
+def test_a_line_that_cannot_be_is_a_violation(place: int, value: object) -> None:
+    with pytest.raises(FrameError):
+        messages.read_connection([*LINE[:place], value, *LINE[place + 1 :]])
+
+
+@given(st.lists(st.floats(0, 10), max_size=200))
+def test_a_budget_lets_no_more_pass_than_it_says(steps: list[float]) -> None:
+    budget, now, taken = Budget(5, 2.0), 0.0, 0
+    for step in steps:
+        now += step
+        taken += budget.take(now)
+    assert taken <= 5 + 2.0 * now + 1e-6
+    assert taken + budget.dropped == len(steps)
+
+
 # -- its end ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        encode("close", 1, 2),
+        encode("open", 99, "kit", b"{}", b"", b"", b""),
+        encode("fill", 1, "p", "x", bytes(2 * 1024 * 1024)),
+    ],
+)
+def test_an_order_that_it_cannot_take_in_ends_it_and_a_successor_takes_over(
+    make_node: NodeMaker, stand_in: StandIn, frame: bytes
+) -> None:
+    node = make_node(PROBE_TOOLKIT, **toward(stand_in))
+    egress = egress_of(node)
+    first = egress.pid
+    assert egress._channel is not None
+    egress._channel.send(frame)
+    node.until(lambda: egress.pid not in (None, first) and egress._is_ready, "its successor")
+    wait_for(node, lambda: SECRET_BODY.decode() in node.inside(fetch, HOST, 8080))
+
+
+def test_an_egress_process_that_hangs_is_ended_and_replaced(
+    make_node: NodeMaker, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_OPEN_S", 1.0)
+    node = make_node(PROBE_TOOLKIT, lifetime="jail", concurrency=1, **toward(stand_in))
+    egress = egress_of(node)
+    first = egress.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    node.assert_healthy()
+    node.assert_healthy()
+    node.until(lambda: egress.pid not in (None, first) and egress._is_ready, "its successor")
+    wait_for(node, lambda: SECRET_BODY.decode() in node.inside(fetch, HOST, 8080))
+
+
+def test_a_successor_that_cannot_be_launched_is_tried_again(
+    make_node: NodeMaker, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, logged: list[LogLine]
+) -> None:
+    node = make_node(PROBE_TOOLKIT, **toward(stand_in))
+    egress = egress_of(node)
+    launched = service.launch
+
+    def fail_once(*_arguments: object, output_writer: int, **_more: object) -> NoReturn:
+        os.close(output_writer)
+        monkeypatch.setattr(service, "launch", launched)
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(service, "launch", fail_once)
+    os.kill(egress.pid or 0, signal.SIGKILL)
+    node.until(lambda: any(x.event == "egress_restarted" for x in logged), "its successor")
+    assert any(x.event == "egress_failed" for x in logged)
+    wait_for(node, lambda: SECRET_BODY.decode() in node.inside(fetch, HOST, 8080))
+
+
+def test_an_egress_process_that_tells_too_much_is_ended(
+    make_node: NodeMaker, logged: list[LogLine]
+) -> None:
+    node = make_node(PROBE_TOOLKIT)
+    egress = egress_of(node)
+    first = egress.pid
+    for _ in range(1_000 + 10):
+        egress._on_message(list(LINE), first or 0)
+        if egress.pid is None:
+            break
+    assert egress.pid is None
+    ended = [x.fields["reason"] for x in logged if x.event == "egress_ended"]
+    assert ended == ["it told of more connections than there can be"]
+    node.until(lambda: egress._is_ready, "its successor")
 
 
 def test_when_the_egress_process_dies_connections_are_refused_until_it_is_back(
@@ -596,7 +812,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str
         text = path.read_text()
         assert text.count(before) == 1
         path.write_text(text.replace(before, after))
-        monkeypatch.setattr(service, "_BOOT", copy / "atp_sandbox/egress/boot.py")
+        monkeypatch.setattr(launch, "BOOT", copy / "atp_sandbox/egress/boot.py")
         monkeypatch.setattr(sys, "path", [str(copy), *sys.path])
 
     return switch

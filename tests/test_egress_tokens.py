@@ -19,6 +19,7 @@ import pytest
 import trustme
 from conftest import LogLine, NodeMaker, ServedNode, jail_processes
 
+from atp_sandbox.outcome import Kind
 from atp_sandbox.policy import parse_reroute, policy_of
 
 HOST = "api.hubapi.com"
@@ -222,14 +223,26 @@ def test_a_tool_gets_a_placeholder_of_its_own_in_each_call(injected: ServedNode)
     assert all(text.startswith(PREFIX) and len(text) == len(PREFIX) + 32 for text in held)
 
 
-def test_each_string_of_a_structured_token_is_replaced(injected: ServedNode) -> None:
-    token = {"kind": "Bearer", "keys": ["abc-secret-abc", 12345678], "none": None, "flag": True}
+def test_each_secret_of_a_structured_token_is_replaced(injected: ServedNode) -> None:
+    token = {"kind": "Bearer", "keys": ["abc-secret-abc", "x" * 8], "expires": 3600, "flag": True}
     source = "def give():\n    return auth_token\n"
     params = {"source": source, "name": "give", "arguments": []}
     held = injected.call("probe", params, token).value
-    texts = [held["kind"], *held["keys"]]
-    assert all(text.startswith(PREFIX) for text in texts)
-    assert (held["none"], held["flag"]) == (None, True)
+    assert all(text.startswith(PREFIX) for text in held["keys"])
+    assert (held["kind"], held["expires"], held["flag"]) == ("Bearer", 3600, True)
+
+
+def test_a_short_token_is_replaced_too(injected: ServedNode) -> None:
+    source = "def give():\n    return auth_token\n"
+    params = {"source": source, "name": "give", "arguments": []}
+    assert injected.call("probe", params, "abc").value.startswith(PREFIX)
+
+
+@pytest.mark.parametrize("token", ["x" * 70_000, ["y" * 10] * 40])
+def test_a_token_that_no_header_could_hold_is_refused(injected: ServedNode, token: object) -> None:
+    ticket = injected.call("create_company", COMPANY, token=token)
+    assert ticket.failure.kind is Kind.AUTH_REQUIRED
+    assert "cannot be kept outside of the jail" in ticket.failure.error
 
 
 def scan_from_outside(secret: bytes) -> list[int]:

@@ -23,7 +23,9 @@ from atp_sandbox.egress.relay import relay, reset
 
 _DNS_BYTES = 4096
 _DNS_S = 10.0
-"""Without a question; a C library asks and closes."""
+"""For all questions of a connection; a C library asks and closes."""
+_MAX_QUERIES = 64
+"""Of a connection."""
 
 
 @dataclass(slots=True)
@@ -118,7 +120,7 @@ class Connection:
         if host is None:
             return False
         self.report.host, self.report.port = host, port
-        await self._tunnel(self.gate.decide(host, port), early=b"")
+        await self._tunnel(self.gate.decide(host, port))
         return True
 
     async def _serve_proxy(self) -> bool:
@@ -162,13 +164,13 @@ class Connection:
             await front.accept_tunnel()
             await self._relay(upstream, target, early)
 
-    async def _tunnel(self, target: Target, early: bytes) -> None:
+    async def _tunnel(self, target: Target) -> None:
         if self.gate.is_injected(target):
             await self._tls.serve(self._client, target, self)
             return
         upstream = await self.dial(target)
         with upstream:
-            await self._relay(upstream, target, early)
+            await self._relay(upstream, target, b"")
 
     async def dial(self, target: Target) -> socket.socket:
         """A connected socket to a judged address of `target`, which is noted."""
@@ -199,15 +201,18 @@ class Connection:
         self.report.worker = messages.UNKNOWN_WORKER
         loop, queries = asyncio.get_running_loop(), Queries()
         told: set[str] = set()
+        asked = 0
         with contextlib.suppress(TimeoutError, DnsError):
-            while True:
-                async with asyncio.timeout(_DNS_S):
+            async with asyncio.timeout(_DNS_S):
+                while asked < _MAX_QUERIES:
                     data = await loop.sock_recv(self._client, _DNS_BYTES)
-                if not data:
-                    return
-                for query in queries.feed(data):
-                    self._note_query(query.name, told)
-                    await loop.sock_sendall(self._client, refuse(query))
+                    if not data:
+                        return
+                    for query in queries.feed(data):
+                        asked += 1
+                        self._note_query(query.name, told)
+                        await loop.sock_sendall(self._client, refuse(query))
+                    await asyncio.sleep(0)
 
     def _note_query(self, name: str | None, told: set[str]) -> None:
         host, _, domain = (name or "").rpartition(".")

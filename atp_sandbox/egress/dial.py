@@ -55,8 +55,8 @@ class Rerouted:
 async def dial(gate: Gate, target: Target, resolver: Resolver) -> socket.socket:
     """A connected socket; its peer is an address that was judged. Raises Denied or Failed."""
     try:
-        async with gate.resolving, asyncio.timeout(_RESOLVE_S):
-            addresses, port = await resolver.resolve(target.host, target.port)
+        async with asyncio.timeout(_RESOLVE_S):
+            addresses, port = await _resolve(gate, target, resolver)
     except TimeoutError:
         raise Failed("could not be resolved in time") from None
     except (OSError, UnicodeError):
@@ -67,6 +67,20 @@ async def dial(gate: Gate, target: Target, resolver: Resolver) -> socket.socket:
             return await _dial_any(allowed, port)
     except TimeoutError:
         raise Failed("did not answer in time") from None
+
+
+async def _resolve(gate: Gate, target: Target, resolver: Resolver) -> tuple[list[str], int]:
+    """A look-up that nobody waits for any more still counts until its thread is done with it."""
+    await gate.resolving.acquire()
+    looking = asyncio.ensure_future(resolver.resolve(target.host, target.port))
+
+    def done(future: asyncio.Future[tuple[list[str], int]]) -> None:
+        gate.resolving.release()
+        if not future.cancelled():
+            future.exception()  # seen, whether or not somebody still waits
+
+    looking.add_done_callback(done)
+    return await asyncio.shield(looking)
 
 
 async def _dial_any(addresses: list[str], port: int) -> socket.socket:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from atp_sandbox import loopback
 from atp_sandbox.egress.addresses import refusal
+from atp_sandbox.egress.budget import Budget
 from atp_sandbox.egress.denial import Denied, Failed
 from atp_sandbox.egress.messages import worker_of
 from atp_sandbox.policy import EgressPolicy, canonical_host, parse_port
 
-_RESOLVING_AT_ONCE = 4
-"""Of one jail: names of a pattern may be answered as slowly as their owner likes."""
+RESOLVING_AT_ONCE = 4
+"""Of one toolkit: names of a pattern may be answered as slowly as their owner likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class Gate:
     policy: EgressPolicy
     key: bytes = field(repr=False)
     listeners: list[socket.socket]
+    resolving: asyncio.Semaphore
+    budget: Budget
+    """Of lines that are told; both are shared by all jails of the toolkit."""
     connections: set[asyncio.Task[None]] = field(default_factory=set)
     secrets: dict[bytes, tuple[str, bytes]] = field(default_factory=dict, repr=False)
     """Placeholder → provider and token."""
-    resolving: asyncio.Semaphore = field(
-        default_factory=lambda: asyncio.Semaphore(_RESOLVING_AT_ONCE)
-    )
 
     def named(self, address: str, port: int) -> Target | None:
         """What a connection to `address` in the jail means; None if nothing. Raises Denied."""

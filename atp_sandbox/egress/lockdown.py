@@ -23,7 +23,16 @@ from workers.confinement import (
     seccomp_profiles,
     syscalls,
 )
-from workers.confinement.seccomp_rules import ALLOW, EPERM, Group, Profile, equals, fails_with, when
+from workers.confinement.seccomp_rules import (
+    ALLOW,
+    EPERM,
+    OWN_PID,
+    Group,
+    Profile,
+    equals,
+    fails_with,
+    when,
+)
 
 _RESOLVER_FILES = (
     "/etc",  # resolv.conf, hosts, nsswitch.conf, gai.conf: they are replaced, so not by name
@@ -36,8 +45,13 @@ _RESOLVER_FILES = (
     "/usr/lib",
     "/usr/lib64",
 )
-_RESOURCE_LIMITS = {"core": 1, "fsize": 1024 * 1024}
-"""A certificate's key passes through a file without a name (memfd_create(2))."""
+_RESOURCE_LIMITS = {
+    "core": 1,
+    # A certificate's key passes through a file without a name (memfd_create(2)).
+    "fsize": 1024 * 1024,
+    # No group counts it; a connection's buffers are at most half a MiB.
+    "as": 8 * 1024 * 1024 * 1024,
+}
 _INET = equals(0, 2, 10)
 _STREAM = equals(1, 1, mask=~0x80800)
 _DGRAM = equals(1, 2, mask=~0x80800)
@@ -49,12 +63,21 @@ _IP_ALONE = Group(
     fails_with(errno.EAFNOSUPPORT),
     (when(ALLOW, _INET, _STREAM), when(ALLOW, _INET, _DGRAM)),
 )
-_NOBODY_ELSE = Group(
+_ONESELF = Group(
     "signals to itself",
-    "Threads of its own alone; the id 0 and negative ones are groups.",
-    "kill tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal",
+    "What abort(3) and raise(3) use, in its own process.",
+    "tgkill",
+    EPERM,
+    (when(ALLOW, equals(0, OWN_PID)),),
+)
+_NOBODY_ELSE = Group(
+    "signals to others, servers, pairs",
+    "All sockets that it listens on are handed to it, bound; a datagram pair could send to any "
+    "path, such as /dev/log, and the event loop has its pair by now.",
+    "kill tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal bind socketpair",
     EPERM,
 )
+_TAKEN_OVER = (_IP_ALONE, _ONESELF, _NOBODY_ELSE)
 
 
 class Refused(Exception):
@@ -68,7 +91,7 @@ class Refused(Exception):
 
 def profile() -> Profile:
     """The system calls that are left: a lone jail process's, with IP sockets and no signals."""
-    taken = {name for group in (_IP_ALONE, _NOBODY_ELSE) for name in group.calls.split()}
+    taken = {name for group in _TAKEN_OVER for name in group.calls.split()}
     base = seccomp_profiles.LONE
     kept = [
         group._replace(calls=" ".join(n for n in group.calls.split() if n not in taken))
@@ -77,7 +100,7 @@ def profile() -> Profile:
     probes = tuple(probe for probe in base.probes if probe.call != "socket")
     return Profile(
         "egress",
-        (*(group for group in kept if group.calls), _IP_ALONE, _NOBODY_ELSE),
+        (*(group for group in kept if group.calls), *_TAKEN_OVER),
         base.unlisted,
         probes,
     )

@@ -30,7 +30,8 @@ _BASIC = re.compile(rb"(basic +)([A-Za-z0-9+/]+)(={0,2})", re.IGNORECASE)
 # RFC 9110, section 5.5, without what a careless reader may take for the end of a line.
 _FIELD_TEXT = re.compile(rb"[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?")
 _MIN_SHAPE_BYTES = 8
-"""A shorter piece of an encoded token turns up by chance."""
+"""A shorter token, or piece of an encoded one, turns up by chance; and who can have it looked for
+can guess it."""
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -115,7 +116,8 @@ class Returning:
     """
 
     def __init__(self, tokens: Iterable[bytes]) -> None:
-        self._shapes = sorted({shape for token in tokens for shape in _shapes_of(token)})
+        long = [token for token in tokens if len(token) >= _MIN_SHAPE_BYTES]
+        self._shapes = sorted({shape for token in long for shape in _shapes_of(token)})
         self._held = b""
 
     def check(self, text: bytes) -> None:

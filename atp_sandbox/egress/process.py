@@ -10,19 +10,22 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import socket
 import ssl
+import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from atp_sandbox.egress import messages
+from atp_sandbox.egress.budget import Budget
 from atp_sandbox.egress.connection import Connection, Report, Tls
 from atp_sandbox.egress.dial import Rerouted, Resolver, SystemResolver
-from atp_sandbox.egress.gate import Gate
+from atp_sandbox.egress.gate import RESOLVING_AT_ONCE, Gate
 from atp_sandbox.egress.lockdown import Refused, lock_down
 from atp_sandbox.egress.relay import reset
 from atp_sandbox.loopback import ports_to_bind
@@ -35,7 +38,7 @@ _ACCEPTS_AT_ONCE = 32
 _RESOLVER_THREADS = 64
 _REPORTS_AT_ONCE = 200
 _REPORTS_A_SECOND = 50.0
-"""Of one jail: a flood of connections is one line that says how many there were."""
+"""Of one toolkit: a flood of connections is one line that says how many there were."""
 _NO_ROOM_S = 0.1
 """Until accepting is tried again, when there is no descriptor left."""
 _MAX_DESCRIPTORS = 64
@@ -50,6 +53,7 @@ def run(config: dict[str, Any]) -> None:
     loop = asyncio.new_event_loop()
     loop.set_default_executor(ThreadPoolExecutor(_RESOLVER_THREADS, "resolver"))
     _allow_descriptors()
+    sys.unraisablehook = lambda _: None  # it would print what was sent
     try:
         lock_down(
             config["outside_id"],
@@ -70,9 +74,15 @@ def run(config: dict[str, Any]) -> None:
 
 def _prepare_tls() -> Tls:
     """Everything that ending TLS needs from a file is read now."""
+    import certifi
+
     from atp_sandbox.egress.substitute import Substitute
 
-    return Substitute(ssl.create_default_context())
+    context = ssl.create_default_context()
+    if "SSL_CERT_FILE" not in os.environ:
+        # The machine's own may be in a directory, of which files are read when they are needed.
+        context.load_verify_locations(certifi.where())
+    return Substitute(context)
 
 
 def _allow_descriptors() -> None:
@@ -80,22 +90,9 @@ def _allow_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-@dataclass(slots=True)
-class _Budget:
-    """How many reports a jail may still make."""
-
-    left: float
-    at: float
-    dropped: int = 0
-
-    def take(self, now: float) -> bool:
-        self.left = min(_REPORTS_AT_ONCE, self.left + (now - self.at) * _REPORTS_A_SECOND)
-        self.at = now
-        if self.left < 1:
-            self.dropped += 1
-            return False
-        self.left -= 1
-        return True
+def _plain(text: str) -> str:
+    """The system's words may be of any language; ours are ASCII."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
 
 
 class EgressServer:
@@ -114,8 +111,10 @@ class EgressServer:
         self._resolver = resolver
         self._tls = tls
         self._gates: dict[int, Gate] = {}
-        self._budgets: dict[int, _Budget] = {}
-        self._decoder = frames.Decoder(messages.TO_EGRESS, messages.MAX_FRAME_BYTES)
+        self._resolving: dict[str, asyncio.Semaphore] = {}
+        self._budgets: dict[str, Budget] = {}
+        """Both of each toolkit, however many jails it has."""
+        self._decoder = frames.Decoder(messages.TO_EGRESS, messages.MAX_ORDER_BYTES)
         self._descriptors: list[int] = []
         self._outgoing = bytearray()
         self._ended = loop.create_future()
@@ -128,24 +127,38 @@ class EgressServer:
     # -- orders ------------------------------------------------------------------------------------
 
     def catch_up(self) -> None:
-        """Take in what the supervisor has said; also before a placeholder is looked up."""
+        """Take in what the supervisor has said; also before a placeholder is looked up.
+
+        What cannot be taken in ends this process: a successor gets everything anew.
+        """
+        try:
+            self._catch_up()
+        except Exception:
+            traceback.print_exc()
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _catch_up(self) -> None:
         room = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
         while not self._ended.done():
             try:
-                data, ancillary, _, _ = self._channel.recvmsg(
+                data, ancillary, flags, _ = self._channel.recvmsg(
                     256 * 1024, room, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
-            except OSError:
-                data, ancillary = b"", []
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(errno.EMFILE, "no room for the sockets that came")
             for level, kind, payload in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     passed = array.array("i")
                     passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
                     self._descriptors.extend(passed)
             if not data:
-                self._ended.set_result(None)
+                self._end()
                 return
             for message in self._decoder.feed(data):
                 self._obey(message)
@@ -170,9 +183,13 @@ class EgressServer:
         cert: bytes,
         cert_key: bytes,
     ) -> None:
-        count = len(ports_to_bind(policy.ports))
-        mine, self._descriptors = self._descriptors[:count], self._descriptors[count:]
-        gate = Gate(number, toolkit, policy, key, [socket.socket(fileno=fd) for fd in mine])
+        mine, self._descriptors = self._descriptors, []
+        if len(mine) != len(ports_to_bind(policy.ports)):
+            raise OSError(errno.EBADF, "not as many sockets as ports")
+        resolving = self._resolving.setdefault(toolkit, asyncio.Semaphore(RESOLVING_AT_ONCE))
+        listeners = [socket.socket(fileno=fd) for fd in mine]
+        budget = self._budgets.setdefault(toolkit, Budget(_REPORTS_AT_ONCE, _REPORTS_A_SECOND))
+        gate = Gate(number, toolkit, policy, key, listeners, resolving, budget)
         self._gates[number] = gate
         if cert:
             self._tls.prepare(gate, cert, cert_key)
@@ -184,11 +201,10 @@ class EgressServer:
 
     def _close(self, number: int) -> None:
         gate = self._gates.pop(number, None)
-        budget = self._budgets.pop(number, None)
         if gate is None:
             return
-        if budget is not None and budget.dropped:
-            self._tell_dropped(gate, budget)
+        if gate.budget.dropped:
+            self._tell_dropped(gate, gate.budget)
         for listener in gate.listeners:
             self._loop.remove_reader(listener.fileno())
             listener.close()
@@ -237,14 +253,14 @@ class EgressServer:
     def tell(self, gate: Gate, report: Report) -> None:
         """Send the supervisor a line of a connection, unless its jail floods it."""
         now = time.monotonic()
-        budget = self._budgets.setdefault(gate.number, _Budget(_REPORTS_AT_ONCE, now))
+        budget = gate.budget
         if not budget.take(now):
             return
         if budget.dropped:
             self._tell_dropped(gate, budget)
         self._send_report(gate, report, now)
 
-    def _tell_dropped(self, gate: Gate, budget: _Budget) -> None:
+    def _tell_dropped(self, gate: Gate, budget: Budget) -> None:
         dropped, budget.dropped = budget.dropped, 0
         report = Report(messages.UNKNOWN_WORKER, verdict=messages.DENIED)
         report.reason = f"{dropped} more connections are not told of"
@@ -263,7 +279,7 @@ class EgressServer:
                 report.meter.received_bytes,
                 int((now - report.began_at) * 1000),
                 report.verdict,
-                report.reason,
+                _plain(report.reason)[: messages.MAX_REASON_CHARS],
             )
         )
 

@@ -35,6 +35,9 @@ _HOP_BY_HOP = frozenset(
     b"upgrade host".split()
 )
 
+_FRAMING = frozenset((b"content-length", b"transfer-encoding"))
+"""What Connection may not name: the body would be without its end."""
+
 
 class NoTicket(Denied):
     """Nobody of this jail asks."""
@@ -184,6 +187,7 @@ class Front:
         while (event := self._http.next_event()) is h11.NEED_DATA:
             data = await asyncio.get_running_loop().sock_recv(self._client, _CHUNK_BYTES)
             self._http.receive_data(data)
+            await asyncio.sleep(0)  # the wait does not suspend while there is more
         return event
 
     async def _send_request(
@@ -219,6 +223,7 @@ class Front:
             bounds.count_received(len(data))
             self.has_answered = True
             await loop.sock_sendall(self._client, data)
+            await asyncio.sleep(0)
 
     async def _send(self, data: bytes | None) -> None:
         await asyncio.get_running_loop().sock_sendall(self._client, data or b"")
@@ -266,7 +271,7 @@ def _check_host(
 def _hop_by_hop(head: h11.Request) -> set[bytes]:
     """Headers that are between the client and us: RFC 9110, section 7.6.1."""
     named = [v.lower().split(b",") for n, v in head.headers if n == b"connection"]
-    return set(_HOP_BY_HOP) | {one.strip() for row in named for one in row} - {b"content-length"}
+    return set(_HOP_BY_HOP) | {one.strip() for row in named for one in row} - _FRAMING
 
 
 def _holds_placeholder(head: h11.Request) -> bool:

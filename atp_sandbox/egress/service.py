@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 
 from atp_sandbox import log
 from atp_sandbox.egress import messages
 from atp_sandbox.egress.authority import Authority, make_authority
+from atp_sandbox.egress.budget import Budget
 from atp_sandbox.egress.jail_network import Denial, JailNetwork
+from atp_sandbox.egress.launch import launch
 from atp_sandbox.isolation import Isolation
-from atp_sandbox.jails.channel import Channel, channel_pair
+from atp_sandbox.jails.channel import Channel
 from atp_sandbox.jails.launch import allocate_id, release_id
 from atp_sandbox.jails.output import OutputPipe
 from atp_sandbox.jails.processes import ProcessHandle, read_status
@@ -31,15 +30,17 @@ from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.policy import EgressPolicy, Reroute
 from workers import frames
 
-_BOOT = Path(__file__).parent / "boot.py"
 _START_S = 20.0
 """From the launch to `ready`; measured 0.2 s, many times that on a busy machine."""
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 10.0
 _STABLE_S = 10.0
+_OPEN_S = 10.0
+"""For a jail's sockets to be accepted on; a millisecond where nothing is wrong."""
+_LINES_AT_ONCE = 1_000
+_LINES_A_SECOND = 200.0
+"""Of one toolkit: it bounds itself at a quarter of it (`gate.Budget`)."""
 _KEPT_ENDED = 1_000
-_CERTIFICATE_SETTINGS = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-"""Environment by which OpenSSL finds what the machine trusts."""
 
 
 class EgressError(Exception):
@@ -76,6 +77,9 @@ class EgressService:
         self._jails: dict[int, JailNetwork] = {}
         self._ended: dict[int, str] = {}
         """Toolkits of the jails that ended last."""
+        self._opening: dict[int, Timer] = {}
+        """Of jails whose sockets are handed over, until they are accepted on."""
+        self._budget = Budget(_LINES_AT_ONCE, _LINES_A_SECOND)
         self._authorities: dict[tuple[str, ...], Authority] = {}
         self._injects = False
         self._is_started = False
@@ -151,6 +155,9 @@ class EgressService:
             self._channel.send(frames.encode(name, *values))
 
     def forget_jail(self, network: JailNetwork) -> None:
+        timer = self._opening.pop(network.number, None)
+        if timer is not None:
+            timer.cancel()
         if self._jails.pop(network.number, None) is not None and network.listeners:
             self.send("close", network.number)
             # Its last connections are told of when they have ended.
@@ -160,7 +167,15 @@ class EgressService:
 
     def _hand_over(self, network: JailNetwork) -> None:
         assert self._channel is not None
-        copies = [os.dup(sock.fileno()) for sock in network.listeners]
+        copies: list[int] = []
+        try:
+            for sock in network.listeners:
+                copies.append(os.dup(sock.fileno()))
+        except OSError as error:
+            for fd in copies:
+                os.close(fd)
+            self._loop.call_soon(partial(self._lose, f"no descriptors: {error.strerror}"))
+            return
         authority = self.authority(network.policy) or Authority(b"", b"")
         frame = frames.encode(
             "open",
@@ -172,6 +187,9 @@ class EgressService:
             authority.key_pem,
         )
         self._channel.send(frame, copies)
+        # Whoever does not take it in hangs, or is kept from its work.
+        late = partial(self._lose, f"it did not open a jail within {_OPEN_S:.0f} s")
+        self._opening[network.number] = self._loop.call_later(_OPEN_S, late)
         for placeholder, (provider, token) in network.placeholders.items():
             self.send("fill", network.number, provider, placeholder, token)
 
@@ -181,53 +199,29 @@ class EgressService:
         if self._is_closed:
             return
         self._started_at = self._loop.now()
-        self._output = OutputPipe(self._loop)
         self._id = allocate_id()
-        ours, theirs = channel_pair()
-        config_fd = os.memfd_create("egress")
         try:
-            config = {
-                "path": sys.path,
-                "channel_fd": theirs.fileno(),
-                "outside_id": self._id,
-                "has_landlock": self._isolation.has_landlock,
-                "has_seccomp": self._isolation.has_seccomp,
-                "reroutes": [
-                    [one.endpoint.host, one.endpoint.port, list(one.addresses), one.port]
-                    for one in self._reroutes
-                ],
-                "injects": self._injects,
-            }
-            os.write(config_fd, json.dumps(config).encode())
-            os.lseek(config_fd, 0, os.SEEK_SET)
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(_BOOT), str(config_fd)],
-                pass_fds=(config_fd, theirs.fileno()),
-                env={n: os.environ[n] for n in _CERTIFICATE_SETTINGS if n in os.environ},
-                stdin=subprocess.DEVNULL,
-                stdout=self._output.writer,
-                stderr=self._output.writer,
-                start_new_session=True,
-                cwd="/",
+            self._output = OutputPipe(self._loop)
+            launched = launch(
+                self._isolation,
+                self._reroutes,
+                outside_id=self._id,
+                injects=self._injects,
+                output_writer=self._output.writer,
             )
         except OSError as error:
-            ours.close()
             self._fail(f"it cannot be launched: {error.strerror}")
             return
-        finally:
-            theirs.close()
-            os.close(config_fd)
-            os.close(self._output.writer)
-        self._popen = process
-        self._process = ProcessHandle(process.pid)
+        self._popen = launched.process
+        self._process = ProcessHandle(launched.process.pid)
         self._channel = Channel(
             self._loop,
-            ours,
-            frames.Decoder(messages.FROM_EGRESS, messages.MAX_FRAME_BYTES),
+            launched.channel,
+            frames.Decoder(messages.FROM_EGRESS, messages.MAX_REPORT_BYTES),
             self._on_message,
             self._on_closed,
         )
-        self._channel.peer_pid = process.pid
+        self._channel.peer_pid = launched.process.pid
         self._timer = self._loop.call_later(_START_S, self._on_start_timeout)
 
     def _on_start_timeout(self) -> None:
@@ -239,10 +233,10 @@ class EgressService:
                 self._on_ready()
             case "refused" if not self._is_ready:
                 self._fail(message[2], step=message[1])
-            case "opened" if message[1] in self._jails:
-                self._jails[message[1]].opened()
+            case "opened":
+                self._on_opened(message[1])
             case "connection":
-                self._on_connection(*message[1:])
+                self._on_connection(message)
 
     def _on_ready(self) -> None:
         assert self._process is not None
@@ -261,39 +255,44 @@ class EgressService:
             if network.listeners:
                 self._hand_over(network)
 
-    def _on_connection(
-        self,
-        jail: int,
-        worker: int,
-        host: str,
-        port: int | None,
-        address: str,
-        sent: int,
-        received: int,
-        ms: int,
-        verdict: str,
-        reason: str,
-    ) -> None:
-        network = self._jails.get(jail)
-        toolkit = self._ended.get(jail) if network is None else network.toolkit
-        if toolkit is None or verdict not in messages.VERDICTS:
+    def _on_opened(self, number: int) -> None:
+        timer = self._opening.pop(number, None)
+        if timer is not None:
+            timer.cancel()
+        if number in self._jails:
+            self._jails[number].opened()
+
+    def _on_connection(self, message: frames.Message) -> None:
+        try:
+            told = messages.read_connection(message)
+        except frames.FrameError as error:
+            self._lose(f"it broke the protocol: {error}")
             return
-        host, reason = log.printable(host), log.printable(reason)
+        now = self._loop.now()
+        self._budget.widen(len({network.toolkit for network in self._jails.values()}))
+        if not self._budget.take(now):
+            self._lose("it told of more connections than there can be")
+            return
+        network = self._jails.get(told.jail)
+        toolkit = self._ended.get(told.jail) if network is None else network.toolkit
+        if toolkit is None:
+            return
+        is_denied = told.verdict == messages.DENIED
         log.emit(
-            log.WARNING if verdict == messages.DENIED else log.INFO,
+            log.WARNING if is_denied else log.INFO,
             "connection",
-            _described(verdict, host, port, reason),
+            _described(told),
             toolkit=toolkit,
-            host=host,
-            address=address,
-            port=port,
-            sent_bytes=sent,
-            received_bytes=received,
-            seconds=ms / 1000,
-            verdict=verdict,
+            host=told.host,
+            address=told.address,
+            port=told.port,
+            sent_bytes=told.sent_bytes,
+            received_bytes=told.received_bytes,
+            seconds=told.ms / 1000,
+            verdict=told.verdict,
         )
-        if verdict == messages.DENIED:
-            denial = Denial(self._loop.now(), worker, host, port, reason)
+        if is_denied:
+            denial = Denial(now, told.worker, told.host, told.port, told.reason)
             if network is not None:
                 network.note(denial)
             self._on_denied(toolkit, denial)
@@ -301,11 +300,14 @@ class EgressService:
     def _on_closed(self, error: frames.FrameError | None) -> None:
         """It ended, or broke the protocol: nobody accepts, so the kernel is to refuse."""
         self._channel = None
-        was_ready = self._is_ready
-        reason = "it ended" if error is None else f"it broke the protocol: {error}"
-        if not was_ready:
+        self._lose("it ended" if error is None else f"it broke the protocol: {error}")
+
+    def _lose(self, reason: str) -> None:
+        """End what is left of it; a successor comes."""
+        if not self._is_ready:
             self._fail(reason)
             return
+        self.log_output()
         self._drop_process()
         log.emit(
             log.ERROR,
@@ -339,6 +341,9 @@ class EgressService:
 
     def _drop_process(self) -> None:
         self._is_ready = False
+        for timer in self._opening.values():
+            timer.cancel()
+        self._opening.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -362,10 +367,10 @@ class EgressService:
                     sock.shutdown(socket.SHUT_RDWR)
 
 
-def _described(verdict: str, host: str, port: int | None, reason: str) -> str:
+def _described(told: messages.ConnectionLine) -> str:
     """`denied: evil.example:443 is not allowed for toolkit crm`."""
-    place = host if port is None else f"{host}:{port}"
-    return f"{verdict}: {f'{place} {reason}'.strip()}"
+    place = told.host if told.port is None else f"{told.host}:{told.port}"
+    return f"{told.verdict}: {f'{place} {told.reason}'.strip()}"
 
 
 def _what_is_wrong(pid: int, outside_id: int | None, isolation: Isolation) -> str:

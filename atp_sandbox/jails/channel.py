@@ -140,8 +140,11 @@ class Channel:
             except BlockingIOError:
                 sent = 0
             except OSError:
-                # The peer is gone; reading will say so, and says it only once.
+                # The peer is gone, or what is left would come without its beginning; reading will
+                # say so, and says it only once.
                 self._drop_outgoing()
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
                 break
             if sent < len(view):
                 self._outgoing[0] = (view[sent:], descriptors)

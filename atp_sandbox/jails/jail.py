@@ -436,12 +436,16 @@ class Jail:
         with channel:
             channel.setblocking(False)
             try:
-                _, descriptors, _, _ = socket.recv_fds(channel, 1, _MAX_LISTENERS)
+                _, descriptors, flags, _ = socket.recv_fds(
+                    channel, 1, _MAX_LISTENERS, socket.MSG_CMSG_CLOEXEC
+                )
             except OSError:
-                descriptors = []
+                descriptors, flags = [], 0
         listeners = [socket.socket(fileno=fd) for fd in descriptors]
-        if not listeners:
-            self._fail_setup("network", "the warden passed no sockets out")
+        if not listeners or flags & socket.MSG_CTRUNC:
+            for sock in listeners:
+                sock.close()
+            self._fail_setup("network", "not all sockets of the warden arrived")
             return
         network.attach(listeners, self._import)
 
