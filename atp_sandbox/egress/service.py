@@ -8,7 +8,6 @@ no key and decides on no call.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import socket
@@ -362,9 +361,17 @@ class EgressService:
         self._id = None
         for network in self._jails.values():
             for sock in network.listeners:
-                # From LISTEN to CLOSE, still bound: connections are refused, waiting ones reset.
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                _stop_listening(sock)
+
+
+def _stop_listening(sock: socket.socket) -> None:
+    """From LISTEN to CLOSE, still bound: connections are refused, waiting ones reset.
+
+    Not for a socket that does not listen: it would hand its shutdown on to all that it accepts
+    later (inet_shutdown in the kernel).
+    """
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _described(told: messages.ConnectionLine) -> str:
