@@ -49,7 +49,7 @@ def run(config: dict[str, Any]) -> None:
     """Be the egress process; never returns but by ending it."""
     channel = socket.socket(fileno=config["channel_fd"])
     tls = _prepare_tls() if config["injects"] else Tls()
-    # The loop needs a pair of its own, and so does the resolver's first thread nothing more.
+    # Made while it can have its pair of sockets.
     loop = asyncio.new_event_loop()
     loop.set_default_executor(ThreadPoolExecutor(_RESOLVER_THREADS, "resolver"))
     _allow_descriptors()
