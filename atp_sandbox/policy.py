@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from atp_sandbox.limits import MIB
+from atp_sandbox.limits import MIB, format_duration, format_size
 
 DEFAULT_PORT = 443
 MAX_NAMES = 250
@@ -159,6 +159,12 @@ class EgressLimits:
     idle_s: float = 60.0
     """Without a byte either way."""
 
+    def __str__(self) -> str:
+        return (
+            f"at most {self.connections} connections at once, "
+            f"{format_size(self.bytes)} on each, idle for {format_duration(self.idle_s)}"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class EgressPolicy:
@@ -212,12 +218,14 @@ class EgressPolicy:
 
     def lines(self) -> list[str]:
         """For people, one thing a line; empty if nothing may be reached."""
+        if not self.allowed:
+            return []
         found = [
             f"{e}, may be private" if e.host in self.private_ok else str(e) for e in self.allowed
         ]
         for provider, hosts in sorted(self.inject.items()):
             found.append(f"the token of {provider} is filled in for {', '.join(hosts)} alone")
-        return found
+        return [*found, str(self.limits)]
 
     def to_json(self) -> bytes:
         """For the egress process; `from_json` reads it."""

@@ -128,7 +128,8 @@ def test_inspect_shows_what_may_be_reached(kit: Path, stand_in: StandIn) -> None
     assert f"Egress    {HOST}:443" in shown
     assert f"Egress    the token of hub is filled in for {HOST} alone" in shown
     found: dict[str, Any] = json.loads(run("inspect", kit, "--json", *granted(stand_in)).stdout)
-    assert found["egress"] == [f"{HOST}:8080, may be private"]
+    limits = "at most 64 connections at once, 128 MiB on each, idle for 60 s"
+    assert found["egress"] == [f"{HOST}:8080, may be private", limits]
     assert json.loads(run("inspect", kit, "--json").stdout)["egress"] == []
 
 

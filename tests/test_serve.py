@@ -13,20 +13,22 @@ import httpx
 import psutil
 import pytest
 from backends import FakeBackend, Serving, wait_until_gone
-from conftest import toolkit_text, wait_until, write_tree
+from conftest import processes_named, toolkit_text, wait_until, write_tree
 
 KEY = "S3CRET-key-of-the-operator"
 TOKEN = "T0KEN-of-a-user"
 
 KIT = """
-    import os, random, time
+    import ctypes, os, random, time
 
     @tool
     def echo(**kw):
         return kw
 
     @tool
-    def slow(value, **_):
+    def slow(value, comm="", **_):
+        if comm:  # to be seen from outside, as of prctl(PR_SET_NAME)
+            ctypes.CDLL(None).prctl(15, comm.encode(), 0, 0, 0)
         time.sleep(value)
         return ["slept", random.random(), os.getpid()]
 
@@ -288,10 +290,12 @@ def test_signal_drains_running_calls_finish_and_new_ones_are_unavailable(
 ) -> None:
     with serving(kit, "--concurrency", "1", backend=backend, tmp_path=tmp_path) as serve:
         link = backend.accept()
-        link.request("running", "slow", value=3.0)
+        comm = f"slow-{os.getpid()}"
+        link.request("running", "slow", value=3.0, comm=comm)
+        wait_until(lambda: processes_named(comm), "the tool to run")
         link.request("waiting", "slow", value=3.0)
         link.request("refused", "nosuch")
-        link.result("refused")  # so both calls before it have arrived
+        link.result("refused")  # so the call before it has arrived
         serve.process.send_signal(number)
         serve.wait_for("draining|no new calls")
         link.request("late", "echo")

@@ -56,6 +56,7 @@ class Channel:
         self._on_closed = on_closed
         self._outgoing: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._is_full = False
+        self._takes_no_more = False
         self.peer_pid: int | None = None
         """Once set, data from any other process is a violation."""
         loop.watch(self._fd, READ, self._on_ready)
@@ -66,7 +67,7 @@ class Channel:
 
     def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
         """Queue `frame`; `descriptors` go along and are closed here once they are on their way."""
-        if self.is_closed:
+        if self.is_closed or self._takes_no_more:
             _close_all(descriptors)
             return
         self._outgoing.append((memoryview(frame), descriptors))
@@ -140,11 +141,10 @@ class Channel:
             except BlockingIOError:
                 sent = 0
             except OSError:
-                # The peer is gone, or what is left would come without its beginning; reading will
-                # say so, and says it only once.
+                # The peer is gone, and reading will say so; or it would get the rest without its
+                # beginning, so it gets nothing any more.
+                self._takes_no_more = True
                 self._drop_outgoing()
-                with contextlib.suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_RDWR)
                 break
             if sent < len(view):
                 self._outgoing[0] = (view[sent:], descriptors)
