@@ -901,4 +901,5 @@ def hold(count: int) -> str:
 def test_connection_beyond_those_allowed_is_reset_and_told(tight: ServedNode) -> None:
     ticket = failed(tight, hold, 3)
     assert "reset" in ticket.failure.error.lower() or "Broken pipe" in ticket.failure.error
-    assert ("", None, "more than 3 connections at once") in denied(ticket)
+    reason = "has more than 3 connections at once"
+    assert ("raw.example.com", 7001, reason) in denied(ticket)

@@ -24,6 +24,7 @@ import pytest
 import requests
 import trustme
 
+from atp_sandbox.egress import inject
 from atp_sandbox.egress.authority import Issuer, make_authority
 from atp_sandbox.egress.denial import Denied, Failed
 from atp_sandbox.egress.inject import InjectLimits, serve_injected
@@ -41,6 +42,12 @@ BLOCK = bytes(range(256)) * 256
 AUTHORITY = make_authority([HOST])
 ISSUER = Issuer(AUTHORITY.cert_pem, AUTHORITY.key_pem)
 HOSTS_CA = trustme.CA()
+
+
+@pytest.fixture(autouse=True)
+def no_long_good_byes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that stays connected after a refusal keeps a test for so long."""
+    monkeypatch.setattr(inject, "LINGER_S", 0.3)
 
 
 class Host:

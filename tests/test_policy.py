@@ -317,7 +317,7 @@ def test_learning_gives_the_lines_that_would_allow_it() -> None:
 def test_what_no_line_could_allow_is_not_learned() -> None:
     learned = Learned({"kit": policy_of(["a.example"])})
     for host, port, reason in [
-        ("", None, "more than 64 connections at once"),
+        ("", None, "has more than 64 connections at once"),
         ("169.254.169.254", 80, "is not allowed for toolkit kit"),
         ("a.example", 443, "resolves to a cloud metadata address"),
         ("a.example", 443, "was asked for with another TLS server name"),

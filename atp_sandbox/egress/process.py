@@ -28,7 +28,7 @@ from atp_sandbox.egress.dial import Rerouted, Resolver, SystemResolver
 from atp_sandbox.egress.gate import RESOLVING_AT_ONCE, Gate
 from atp_sandbox.egress.lockdown import Refused, lock_down
 from atp_sandbox.egress.relay import reset
-from atp_sandbox.loopback import ports_to_bind
+from atp_sandbox.loopback import name_at, ports_to_bind
 from atp_sandbox.policy import EgressPolicy
 from workers import frames
 
@@ -244,7 +244,11 @@ class EgressServer:
     def _refuse_full(self, gate: Gate, client: socket.socket) -> None:
         most = gate.policy.limits.connections
         report = Report(messages.ANY_WORKER, verdict=messages.DENIED)
-        report.reason = f"more than {most} connections at once"
+        with contextlib.suppress(OSError):
+            address, port = client.getsockname()
+            host = name_at(address, gate.policy.names)
+            report.host, report.port = host or "", port if host else None
+        report.reason = f"has more than {most} connections at once"
         self.tell(gate, report)  # before the client learns of it
         reset(client)
 

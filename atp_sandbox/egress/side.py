@@ -103,4 +103,6 @@ class Side:
 
     def abort(self) -> None:
         """At once, and after `close` without effect."""
-        self._writer.transport.abort()
+        # A connection that has ended already is no fault, but is one to asyncio of CPython 3.11.2.
+        with contextlib.suppress(AttributeError):
+            self._writer.transport.abort()
