@@ -632,14 +632,20 @@ def test_address_is_out_of_reach_of_a_socket(named: ServedNode, address: str) ->
     failed(named, raw_echo, address, 443)
 
 
-@pytest.mark.parametrize("url", ["https://8.8.8.8/", "http://169.254.169.254/latest/"])
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("https://8.8.8.8/", "8.8.8.8", 443),
+        ("http://169.254.169.254/latest/", "169.254.169.254", 80),
+    ],
+)
 @pytest.mark.parametrize("get", HTTP_CLIENTS)
 def test_address_is_out_of_reach_of_an_http_client(
-    named: ServedNode, world: World, get: Callable[..., Any], url: str
+    named: ServedNode, world: World, get: Callable[..., Any], url: str, host: str, port: int
 ) -> None:
     ticket = failed(named, get, url, world.ca)
     assert "blocked by policy" in ticket.failure.error
-    assert denied(ticket) == [("", None, "what was asked for is no host name with a port")]
+    assert denied(ticket) == [(host, port, "is an address, and hosts are allowed by their names")]
 
 
 def test_name_on_this_machine_is_out_of_reach_unless_that_was_said(

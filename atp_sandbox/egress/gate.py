@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from atp_sandbox import loopback
 from atp_sandbox.egress.addresses import refusal
@@ -16,6 +18,7 @@ from atp_sandbox.policy import EgressPolicy, canonical_host, parse_port
 
 RESOLVING_AT_ONCE = 4
 """Of one toolkit: names of a pattern may be answered as slowly as their owner likes."""
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9.]+)(?::([0-9]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Gate:
             port = parse_port(port_text) if has_port or default_port is None else default_port
             return self.decide(canonical_host(host), port)
         except ValueError:
-            raise NotAHost() from None
+            raise _not_a_host(authority, default_port) from None
 
     def decide(self, host: str, port: int) -> Target:
         """The canonical `host` at `port`, if the policy allows it; else Denied."""
@@ -104,8 +107,27 @@ class NotAllowed(Denied):
         self.port = port
 
 
+class AddressAsked(NotAllowed):
+    """An address was asked for, in its one spelling, so that it can be told."""
+
+    def __init__(self, address: str, port: int | None) -> None:
+        super().__init__(address, port, "")
+        self.reason = "is an address, and hosts are allowed by their names"
+
+
 class NotAHost(Denied):
     """What was asked for is no HOST:PORT in its one spelling."""
 
     def __init__(self) -> None:
         super().__init__("what was asked for is no host name with a port")
+
+
+def _not_a_host(authority: str, default_port: int | None) -> Denied:
+    found = _ADDRESS.fullmatch(authority)
+    try:
+        if found is None:
+            return NotAHost()
+        port = parse_port(found[2]) if found[2] else default_port
+        return AddressAsked(str(ip_address(found[1].strip("[]"))), port)
+    except ValueError:
+        return NotAHost()

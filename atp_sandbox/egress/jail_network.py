@@ -54,9 +54,8 @@ class Denial:
 
 
 def with_denials(failure: Failure, denials: Sequence[Denial]) -> Failure:
-    """The failure, saying which hosts were refused to its call; each thing once."""
-    named = [one for one in denials if one.host]
-    rows = [{"host": one.host, "port": one.port, "reason": one.reason} for one in named]
+    """The failure, saying what was refused to its call; each thing once."""
+    rows = [{"host": one.host, "port": one.port, "reason": one.reason} for one in denials]
     distinct = [row for i, row in enumerate(rows) if row not in rows[:i]]
     if not distinct:
         return failure
