@@ -31,8 +31,9 @@ from atp_sandbox.policy import EgressLimits, EgressPolicy, Reroute, parse_rerout
 
 pytestmark = pytest.mark.xdist_group("egress_clients")
 
-AT_ONCE_S = 2.0
-"""What is refused is answered within this; whoever waits in vain takes ten seconds at least."""
+AT_ONCE_S = 15.0
+"""What is refused takes milliseconds, the start of a process on a busy machine included some
+seconds; whoever waits in vain takes the twenty of the clients' own patience."""
 TOGETHER = 40
 NOT_ALLOWED = "is not allowed for toolkit kit"
 TEXT = toolkit_text("import aiohttp, asyncio, http.client, httpx, requests, smtplib, websocket\n")
@@ -848,7 +849,7 @@ def test_idle_connection_is_reset(tight: ServedNode) -> None:
 def post(size: int) -> str:
     import requests
 
-    answer = requests.post("http://mute.example.com/", data=b"x" * size, timeout=6)
+    answer = requests.post("http://mute.example.com/", data=b"x" * size, timeout=20)
     answer.raise_for_status()
     return answer.text
 
