@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -129,7 +128,7 @@ class Node:
             cgroups,
             self._mover,
             self._farewells,
-            self._provide_egress(isolation),
+            self._provide_egress(settings),
             self,
         )
         self._toolkits[settings.name] = toolkit
@@ -205,23 +204,24 @@ class Node:
             self._discovering.add(toolkit.name)
             toolkit.discover()
 
-    def _provide_egress(self, isolation: Isolation) -> EgressService | None:
-        if not isolation.has_namespaces:
+    def _provide_egress(self, settings: ToolkitSettings) -> EgressService | None:
+        if not settings.isolation.has_namespaces:
             return None
         if self._egress is None:
             self._egress = EgressService(
                 self._loop,
-                isolation=isolation,
                 reroutes=self._reroutes,
-                on_failed=partial(self._on_egress_failed, isolation),
+                on_failed=self._on_egress_failed,
                 on_denied=self._listener.connection_denied,
             )
+        self._egress.expect(settings.egress, settings.isolation)
         return self._egress
 
-    def _on_egress_failed(self, isolation: Isolation, error: EgressError) -> None:
+    def _on_egress_failed(self, error: EgressError) -> None:
         """Nothing was served yet, and nothing can be: what is refused could not be told apart."""
         for toolkit in self._toolkits.values():
-            if toolkit.state is State.DISCOVERING and toolkit.settings.isolation.has_namespaces:
+            isolation = toolkit.settings.isolation
+            if toolkit.state is State.DISCOVERING and isolation.has_namespaces:
                 failure = SetupFailure(error.step, str(error))
                 self._listener.toolkit_failed(toolkit, isolation_error(failure, isolation))
 

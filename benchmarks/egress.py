@@ -193,7 +193,7 @@ class Host:
                     client.sendall(b"!")
 
 
-class TlsHost:
+class TlsHost(Host):
     """Answers each request over TLS, on connections that it keeps."""
 
     def __init__(self, folder: Path) -> None:
@@ -202,15 +202,7 @@ class TlsHost:
         authority.cert_pem.write_to_path(str(self.certificates))
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(HOST).configure_cert(self._context)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            client, _ = self._listener.accept()
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        super().__init__()
 
     def _serve(self, client: socket.socket) -> None:
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone"

@@ -256,11 +256,12 @@ def test_the_kernel_says_that_the_egress_process_is_confined(make_node: NodeMake
     pid = egress_of(node).pid
     assert pid is not None
     status = read_status(pid)
-    assert status.capabilities == status.bounding & 0 == 0
+    assert status.capabilities == 0
     assert status.no_new_privs
     assert status.is_filtered
     if os.geteuid() == 0:
         assert status.uid >= 1_000_000_000
+        assert status.bounding == 0
     command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     assert all(
         part in (b"-I", b"-S", b"-B", b"") or b"/" in part or part.isdigit() for part in command
@@ -301,6 +302,40 @@ def test_where_landlock_is_waived_the_egress_process_does_without(
     isolation = Isolation(Level.STRICT, frozenset({Waivable.LANDLOCK}))
     node = make_node(PROBE_TOOLKIT, isolation=isolation, **toward(stand_in))
     assert SECRET_BODY.decode() in node.inside(fetch, HOST, 8080)
+
+
+LESS = Isolation(Level.STRICT, frozenset({Waivable.LANDLOCK, Waivable.SECCOMP}))
+
+
+def test_what_one_toolkit_waived_the_egress_process_of_others_has(
+    make_node: NodeMaker, stand_in: StandIn, tmp_path: Path, logged: list[LogLine]
+) -> None:
+    """There is one for all; it is replaced if it has less than a toolkit wants."""
+    node = make_node(PROBE_TOOLKIT, isolation=LESS, **toward(stand_in))
+    egress = egress_of(node)
+    first = egress.pid
+    assert first is not None
+    assert not read_status(first).is_filtered
+    other = tmp_path / "other.py"
+    other.write_text(PROBE_TOOLKIT)
+    node.node.add(ToolkitSettings("other", other))
+    node.until(lambda: egress._is_ready and egress.pid != first, "its successor")
+    assert read_status(egress.pid or 0).is_filtered
+    wait_for(node, lambda: SECRET_BODY.decode() in node.inside(fetch, HOST, 8080))
+
+
+def test_it_is_known_what_all_toolkits_need_before_the_egress_process_is_launched(
+    make_node: NodeMaker,
+) -> None:
+    node = make_node(PROBE_TOOLKIT)
+    egress = service.EgressService(
+        node.loop, on_failed=lambda _error: None, on_denied=lambda *_: None
+    )
+    egress.expect(EgressPolicy(), LESS)
+    assert egress._isolation == LESS
+    egress.expect(policy_of([HOST], inject={"hub": [HOST]}), Isolation())
+    egress.expect(EgressPolicy(), LESS)
+    assert (egress._isolation, egress._injects) == (Isolation(), True)
 
 
 # -- what it lets through --------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Tls:
 
 
 class Connection:
-    """Serves one accepted socket, and owns it. `reports` grows as denials and ends are known."""
+    """Serves one accepted socket, and owns it; tells of it once, at its refusal or its end."""
 
     def __init__(
         self,

@@ -115,6 +115,8 @@ def lock_down(outside_id: int | None, *, has_landlock: bool, has_seccomp: bool) 
     if threading.active_count() != 1:
         raise Refused("start", "there is more than one thread")
     if outside_id is not None:
+        # While it may: whoever is nobody special cannot.
+        _step("capabilities", privileges.empty_bounding_set)
         _step("identity", namespaces.become_user, outside_id)
     _step("resource_limits", privileges.set_resource_limits, _RESOURCE_LIMITS)
     _step("capabilities", privileges.drop_capabilities)

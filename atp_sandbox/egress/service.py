@@ -20,7 +20,7 @@ from atp_sandbox.egress.authority import Authority, make_authority
 from atp_sandbox.egress.budget import Budget
 from atp_sandbox.egress.jail_network import Denial, JailNetwork
 from atp_sandbox.egress.launch import launch
-from atp_sandbox.isolation import Isolation
+from atp_sandbox.isolation import Isolation, Waivable
 from atp_sandbox.jails.channel import Channel
 from atp_sandbox.jails.launch import allocate_id, release_id
 from atp_sandbox.jails.output import OutputPipe
@@ -40,6 +40,7 @@ _LINES_AT_ONCE = 1_000
 _LINES_A_SECOND = 200.0
 """Of one toolkit: it bounds itself at a quarter of it (`gate.Budget`)."""
 _KEPT_ENDED = 1_000
+_WAIVABLE = frozenset({Waivable.LANDLOCK, Waivable.SECCOMP})
 
 
 class EgressError(Exception):
@@ -57,18 +58,16 @@ class EgressService:
         self,
         loop: Loop,
         *,
-        isolation: Isolation,
         reroutes: Sequence[Reroute] = (),
         on_failed: Callable[[EgressError], None],
         on_denied: Callable[[str, Denial], None],
     ) -> None:
-        """`isolation` says what of its confinement is waived.
-
-        `on_failed` if it cannot be confined or does not start; `on_denied(toolkit, denial)` for
+        """`on_failed` if it cannot be confined or does not start; `on_denied(toolkit, denial)` for
         every connection that the policy refused.
         """
         self._loop = loop
-        self._isolation = isolation
+        self._isolation: Isolation | None = None
+        """What all toolkits have waived, and nothing else, is done without."""
         self._reroutes = reroutes
         self._on_failed = on_failed
         self._on_denied = on_denied
@@ -100,13 +99,32 @@ class EgressService:
         """Of the egress process; None while there is none."""
         return None if self._process is None else self._process.pid
 
+    def expect(self, policy: EgressPolicy, isolation: Isolation) -> None:
+        """A toolkit of this policy is to be served; to be called before its first jail.
+
+        One process serves all, so it has each layer that one of them wants. A process that has
+        less already is replaced.
+        """
+        waived = isolation.waived & _WAIVABLE
+        if self._isolation is not None:
+            waived &= self._isolation.waived
+        wanted = (Isolation(isolation.level, waived), self._injects or bool(policy.inject))
+        has_enough = wanted == (self._isolation, self._injects)
+        self._isolation, self._injects = wanted
+        if self._process is None or has_enough:
+            return
+        if self._is_ready:
+            self._lose("a toolkit needs more of it")
+        else:
+            self._drop_process()
+            self._loop.call_soon(self._launch)
+
     def jail(self, toolkit: str, policy: EgressPolicy) -> JailNetwork:
         """The way out of a jail that is about to be made; the caller closes it."""
         if not self._is_started:
-            # A little later, when it is known whether any toolkit needs tokens put in.
+            # A little later, when all toolkits are known.
             self._is_started = True
             self._loop.call_soon(self._launch)
-        self._injects = self._injects or bool(policy.inject)
         network = JailNetwork(self, next(self._numbers), toolkit, policy)
         self._jails[network.number] = network
         return network
@@ -198,6 +216,7 @@ class EgressService:
         if self._is_closed:
             return
         self._started_at = self._loop.now()
+        assert self._isolation is not None
         self._id = allocate_id()
         try:
             self._output = OutputPipe(self._loop)
@@ -239,6 +258,7 @@ class EgressService:
 
     def _on_ready(self) -> None:
         assert self._process is not None
+        assert self._isolation is not None
         wrong = _what_is_wrong(self._process.pid, self._id, self._isolation)
         if wrong:
             self._fail(wrong)
@@ -278,7 +298,7 @@ class EgressService:
             return
         is_denied = told.verdict == messages.DENIED
         log.emit(
-            log.WARNING if is_denied else log.INFO,
+            log.INFO if told.verdict == messages.ALLOWED else log.WARNING,
             "connection",
             _described(told),
             toolkit=toolkit,
@@ -386,8 +406,8 @@ def _what_is_wrong(pid: int, outside_id: int | None, isolation: Isolation) -> st
         status = read_status(pid)
     except ProcessLookupError:
         return "it ended"
-    if status.capabilities:
-        return "it still has capabilities"
+    if status.capabilities or (outside_id is not None and status.bounding):
+        return "it still has capabilities, or could get some"
     if not status.no_new_privs or (isolation.has_seccomp and not status.is_filtered):
         return "it did not confine itself"
     if outside_id is not None and status.uid != outside_id:

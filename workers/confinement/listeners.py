@@ -7,7 +7,6 @@ Until somebody calls listen(2) on one, the kernel refuses connections to it.
 from __future__ import annotations
 
 import array
-import os
 import socket
 from collections.abc import Sequence
 
@@ -28,8 +27,3 @@ def bind_and_pass(ports: Sequence[int], channel_fd: int) -> None:
         finally:
             for sock in sockets:
                 sock.close()
-
-
-def close(channel_fd: int) -> None:
-    """For a jail without a way out."""
-    os.close(channel_fd)
