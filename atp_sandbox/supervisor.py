@@ -262,7 +262,7 @@ class Supervisor:
             assert self._samples is not None
             self._samples.finished(call, outcome)
             return
-        secrets = _secrets(call.token)
+        secrets = _secrets(call)
         if printed:
             log.emit(
                 log.INFO,
@@ -338,10 +338,14 @@ class Supervisor:
         self._loop.stop()
 
 
-def _secrets(token: bytes | None) -> list[str]:
-    """What of a call's token may not be logged, whoever prints it: each of its longer strings."""
+def _secrets(call: NodeCall) -> list[str]:
+    """What of a call's token may not be logged, whoever prints it: each of its longer strings.
+
+    Also of one that never entered the jail: it may have come among the parameters as well.
+    """
     found: list[str] = []
-    todo: list[object] = [] if token is None else [json.loads(token)]
+    todo: list[object] = [] if call.token is None else [json.loads(call.token)]
+    todo += [secret.decode("utf-8", "replace") for secret in call.stands_for.values()]
     while todo:
         value = todo.pop()
         if isinstance(value, dict):

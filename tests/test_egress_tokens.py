@@ -19,8 +19,11 @@ import pytest
 import trustme
 from conftest import LogLine, NodeMaker, ServedNode, jail_processes
 
+from atp_sandbox import log, supervisor
+from atp_sandbox.egress.tokens import substitute
 from atp_sandbox.outcome import Kind
 from atp_sandbox.policy import parse_reroute, policy_of
+from atp_sandbox.toolkit import NodeCall
 
 HOST = "api.hubapi.com"
 TOKEN = "pat-eu1-" + "5ec2e7" * 6
@@ -463,6 +466,17 @@ def test_what_the_egress_process_and_we_log_holds_no_token(
     injected.until(lambda: sum(x.event == "connection" for x in logged) >= 2, "its lines")
     assert TOKEN not in repr(logged)
     assert PREFIX not in repr(logged)
+
+
+def test_a_token_that_is_kept_outside_is_kept_from_the_log_too(injected: ServedNode) -> None:
+    """A caller may have sent it among the parameters as well, and the tool may say it."""
+    (tool, *_) = injected.discovery.registrations
+    call = NodeCall("kit", tool, b"{}", json.dumps(TOKEN).encode(), received_at=0.0)
+    call.token, call.stands_for = substitute(call.token or b"")
+    text = f"ValueError: {TOKEN} and {call.token.decode()}"
+    shown = log.without(text, supervisor._secrets(call))
+    assert TOKEN not in shown
+    assert PREFIX not in shown
 
 
 CAPTURE = """
