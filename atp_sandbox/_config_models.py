@@ -25,7 +25,7 @@ from pydantic import (
 from atp_sandbox import limits
 from atp_sandbox.isolation import Level, Waivable, parse_level, parse_waived
 from atp_sandbox.log import printable
-from atp_sandbox.settings import RESERVED_ENV, Lifetime, parse_lifetime
+from atp_sandbox.settings import RESERVED_ENV, JournalMode, Lifetime, parse_lifetime
 
 MAX_TIME_S = 86_400
 """A day; whatever takes longer is no tool call."""
@@ -144,6 +144,12 @@ def _ws_path(value: str) -> str:
     return value
 
 
+def _journal(value: object) -> JournalMode:
+    if not isinstance(value, str) or value not in tuple(JournalMode):
+        raise _Rule()
+    return JournalMode(value)
+
+
 def _auth(value: str) -> str:
     if value not in ("pass", "inject"):
         raise _Rule()
@@ -219,6 +225,18 @@ class BackendModel(_Table):
     sample_responses: bool | None = _from("true or false")
 
 
+class ServeModel(_Table):
+    journal: Annotated[JournalMode, BeforeValidator(_journal)] | None = _from(
+        '"on", "required" or "off"'
+    )
+    grace: Time | None = _from(_A_TIME)
+    reload: bool | None = _from("true or false")
+    queue: Annotated[int, Field(ge=0, le=MAX_QUEUE)] | None = _from(
+        f"a whole number from 0 to {MAX_QUEUE:,}"
+    )
+    queue_bytes: Output | None = _from(_A_SIZE)
+
+
 class LimitsModel(_Table):
     time: Time | None = _from(_A_TIME)
     cpu: Time | None = _from(_A_TIME)
@@ -271,6 +289,7 @@ class ToolkitModel(LimitsModel):
 
 class ConfigModel(_Table):
     backend: BackendModel = Field(default=BackendModel(), description="a table, [backend]")
+    serve: ServeModel = Field(default=ServeModel(), description="a table, [serve]")
     defaults: LimitsModel = Field(default=LimitsModel(), description="a table, [defaults]")
     toolkit: Annotated[dict[ToolkitName, ToolkitModel], AfterValidator(_some)] = Field(
         default={}, validate_default=True, description="tables, [toolkit.NAME]"
@@ -337,6 +356,8 @@ def _model(names: Iterable[int | str]) -> type[_Table]:
     match list(names):
         case ["backend", *_]:
             return BackendModel
+        case ["serve", *_]:
+            return ServeModel
         case ["defaults", *_]:
             return LimitsModel
         case ["toolkit", _, *_]:

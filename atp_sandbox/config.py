@@ -20,10 +20,21 @@ from atp_sandbox.errors import UsageError
 from atp_sandbox.isolation import Isolation, Level
 from atp_sandbox.limits import MIB, Limits
 from atp_sandbox.policy import EgressLimits, EgressPolicy, policy_of
-from atp_sandbox.settings import BackendSettings, Lifetime, LifetimeKind, ToolkitSettings
+from atp_sandbox.settings import (
+    BackendSettings,
+    Lifetime,
+    LifetimeKind,
+    ServeOptions,
+    ToolkitSettings,
+)
 
 if TYPE_CHECKING:
-    from atp_sandbox._config_models import BackendModel, LimitsModel, ToolkitModel
+    from atp_sandbox._config_models import (
+        BackendModel,
+        LimitsModel,
+        ServeModel,
+        ToolkitModel,
+    )
 
 _T = TypeVar("_T")
 
@@ -65,6 +76,7 @@ class Config:
     toolkits: tuple[ToolkitSettings, ...]
     """In the file's order; at least one."""
     backend: BackendConfig = field(default_factory=BackendConfig)
+    serve: ServeOptions = field(default_factory=ServeOptions)
     default_limits: Limits = field(default_factory=Limits)
     default_lifetime: Lifetime = field(default_factory=Lifetime)
 
@@ -93,6 +105,7 @@ def load_config(path: Path) -> Config:
     return Config(
         tuple(toolkits),
         _backend(checked.backend, folder),
+        _serve(checked.serve),
         limits,
         checked.defaults.lifetime or Lifetime(),
     )
@@ -206,6 +219,17 @@ def _backend(model: BackendModel, folder: Path) -> BackendConfig:
         ws_path=_said(model.ws_path, usual.ws_path),
         send_source=_said(model.send_source, usual.send_source),
         sample_responses=_said(model.sample_responses, usual.sample_responses),
+    )
+
+
+def _serve(model: ServeModel) -> ServeOptions:
+    usual = ServeOptions()
+    return ServeOptions(
+        journal=_said(model.journal, usual.journal),
+        grace_s=_said(model.grace, usual.grace_s),
+        reloads=_said(model.reload, usual.reloads),
+        queue=_said(model.queue, usual.queue),
+        queue_bytes=_said(model.queue_bytes, usual.queue_bytes),
     )
 
 

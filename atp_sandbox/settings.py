@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from atp_sandbox.isolation import Isolation
-from atp_sandbox.limits import Limits
+from atp_sandbox.limits import MIB, Limits
 from atp_sandbox.policy import EgressPolicy, Reroute
 
 RESERVED_ENV = frozenset({"ATP_API_KEY"})
@@ -92,6 +92,31 @@ class BackendSettings:
     """Serve one client of the toolkit, by its place among them: how the library serves each."""
 
 
+class JournalMode(StrEnum):
+    """What becomes of calls whose journal cannot be written."""
+
+    ON = "on"
+    """They are served without it, and the log says so."""
+    REQUIRED = "required"
+    """They are answered `unavailable`; without a journal there is no start."""
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What is said of one `serve` as a whole: `[serve]` of the configuration."""
+
+    journal: JournalMode = JournalMode.ON
+    grace_s: float | None = None
+    """From a request to stop to the end; None: as long as the longest call may take."""
+    reloads: bool = False
+    """Take over changes of toolkits' files while serving."""
+    queue: int = 4_096
+    """Calls of all toolkits that wait; more are answered `overloaded`."""
+    queue_bytes: int = 64 * MIB
+    """Their parameters, in bytes of JSON."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
     """All of one `serve`."""
@@ -101,5 +126,6 @@ class ServeSettings:
     state_dir: Path
     log_format: str = "text"
     reroutes: tuple[Reroute, ...] = ()
+    options: ServeOptions = field(default_factory=ServeOptions)
     learns_egress: bool = False
     """Say at the end which lines would allow what was refused."""

@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 from atp_sandbox.config import MAX_CONFIG_BYTES, MAX_KEY_CHARS, Config, load_config, read_api_key
 from atp_sandbox.errors import UsageError
 from atp_sandbox.limits import GIB, KIB, MIB, Limits
-from atp_sandbox.settings import BackendSettings, Lifetime, LifetimeKind
+from atp_sandbox.settings import (
+    BackendSettings,
+    JournalMode,
+    Lifetime,
+    LifetimeKind,
+    ServeOptions,
+)
 
 SECRET = "sk-never-show-this"
 ONE = '[toolkit.a]\npath = "a.py"\n'
@@ -59,6 +65,12 @@ def test_everything_that_can_be_said_arrives(file: Path) -> None:
         as-written = true
         send-source = false
         sample-responses = true
+        [serve]
+        journal = "required"
+        grace = "20s"
+        reload = true
+        queue = 100
+        queue-bytes = "8M"
         [defaults]
         time = "5s"
         import-time = 7
@@ -88,6 +100,9 @@ def test_everything_that_can_be_said_arrives(file: Path) -> None:
         ws_path="0.1",
         send_source=False,
         sample_responses=True,
+    )
+    assert config.serve == ServeOptions(
+        JournalMode.REQUIRED, grace_s=20.0, reloads=True, queue=100, queue_bytes=8 * MIB
     )
     assert config.default_limits == Limits(
         time_s=5.0,
@@ -182,6 +197,7 @@ def test_all_faults_are_reported_at_once_each_with_its_place(file: Path) -> None
             "allowed: concurrency, cpu, egress-bytes, egress-connections, egress-idle, ",
         ),
         ("[defaults]\nisolation = 'loose'", "'loose' is no isolation; write strict, container"),
+        ("[serve]\njournal = true", 'found true; allowed: "on", "required" or "off"'),
         ("[defaults]\nisolation = 1", 'found the number 1; allowed: "strict"'),
         ("[defaults]\nwaive = ['everything']", "'everything' cannot be waived; what can: cgroup"),
         ("[defaults]\nwaive = 'cgroup'", 'found "cgroup"; allowed: a list of layers'),
@@ -203,7 +219,7 @@ def test_all_faults_are_reported_at_once_each_with_its_place(file: Path) -> None
         ("[defaults]\nqueue = 1000001", "defaults.queue"),
         ("[defaults]\nlifetime = 'calls:0'", "'calls:0' is no lifetime; write call"),
         ("[defaults]\nlifetime = 1", 'found the number 1; allowed: "call"'),
-        ("typo = 1", "typo: unknown key; allowed: backend, defaults, toolkit"),
+        ("typo = 1", "typo: unknown key; allowed: backend, defaults, serve, toolkit"),
         ("toolkits = 1", "toolkits: unknown key; did you mean toolkit?"),
         ("[toolkit.b]", "toolkit.b.path: missing; a path"),
         ("[toolkit]\nb = 'b.py'", 'toolkit.b: found "b.py"; allowed: a table, [toolkit.NAME]'),

@@ -11,9 +11,21 @@ from typing import Any
 
 import click
 
-from atp_sandbox.cli.options import LIFETIME, reroutes_from, toolkit_options, toolkits_from
+from atp_sandbox.cli.options import (
+    DURATION,
+    LIFETIME,
+    reroutes_from,
+    toolkit_options,
+    toolkits_from,
+)
 from atp_sandbox.errors import UsageError
-from atp_sandbox.settings import BackendSettings, ServeSettings, ToolkitSettings
+from atp_sandbox.settings import (
+    BackendSettings,
+    JournalMode,
+    ServeOptions,
+    ServeSettings,
+    ToolkitSettings,
+)
 
 CONFIG_NAME = "atp-sandbox.toml"
 
@@ -66,6 +78,27 @@ CONFIG_NAME = "atp-sandbox.toml"
     help="Where snapshots and locks are kept.",
 )
 @click.option(
+    "--journal",
+    type=click.Choice([mode.value for mode in JournalMode]),
+    help="Keep what is due in the state directory, so that it outlives this process; `required`: "
+    "take no calls without. [on; off with --embedded]",
+)
+@click.option(
+    "--grace",
+    type=DURATION,
+    metavar="DURATION",
+    help="Time for running calls once a stop is asked for. [the longest --time]",
+)
+@click.option(
+    "--reload", is_flag=True, help="Take over changes of the toolkits' files while serving."
+)
+@click.option(
+    "--total-queue",
+    type=click.IntRange(0, 1_000_000),
+    metavar="N",
+    help="Calls of all toolkits that may wait. [4096]",
+)
+@click.option(
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
@@ -103,7 +136,7 @@ def serve(**given: Any) -> int:
     _raise_descriptor_limit()
     # Taken out of the environment first: no process that we start inherits it.
     key_from_environment = os.environ.pop("ATP_API_KEY", None)
-    toolkits, backend = _toolkits_and_backend(given, key_from_environment)
+    toolkits, backend, options = _read(given, key_from_environment)
     state_dir = given["state_dir"] or default_state_dir(os.environ, os.geteuid())
     embedded = None
     try:
@@ -119,6 +152,7 @@ def serve(**given: Any) -> int:
             Path(state_dir),
             given["log_format"],
             reroutes=reroutes_from(given),
+            options=options,
             learns_egress=given["learn_egress"],
         )
         supervisor = Supervisor(settings)
@@ -143,9 +177,9 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _toolkits_and_backend(
+def _read(
     given: dict[str, Any], key_from_environment: str | None
-) -> tuple[tuple[ToolkitSettings, ...], BackendSettings]:
+) -> tuple[tuple[ToolkitSettings, ...], BackendSettings, ServeOptions]:
     from atp_sandbox.config import BackendConfig, load_config, read_api_key
 
     paths: tuple[Path, ...] = given["toolkits"]
@@ -158,11 +192,11 @@ def _toolkits_and_backend(
                 cause=f"none was named, and there is no {CONFIG_NAME} here",
                 tip="atp-sandbox serve toolkit.py --embedded",
             )
-    config = BackendConfig()
+    config, options = BackendConfig(), ServeOptions()
     if config_path is not None:
         _refuse_with_config(given)
         loaded = load_config(config_path)
-        toolkits, config = loaded.toolkits, loaded.backend
+        toolkits, config, options = loaded.toolkits, loaded.backend, loaded.serve
     else:
         toolkits = toolkits_from(paths, given)
     key_source = given["api_key_file"]
@@ -178,7 +212,7 @@ def _toolkits_and_backend(
         key = key_from_environment.strip() or None
     else:
         key = None if config.api_key_file is None else read_api_key(config.api_key_file, sys.stdin)
-    return toolkits, BackendSettings(
+    backend = BackendSettings(
         api_key=key,
         base_url=given["base_url"] or os.environ.get("ATP_BASE_URL") or config.base_url,
         app_name=given["app_name"] or config.app_name,
@@ -186,6 +220,23 @@ def _toolkits_and_backend(
         ws_path=given["ws_path"] or config.ws_path,
         send_source=config.send_source and not given["no_source"],
         sample_responses=config.sample_responses or given["sample_responses"],
+    )
+    return toolkits, backend, _options(given, options)
+
+
+def _options(given: dict[str, Any], otherwise: ServeOptions) -> ServeOptions:
+    """What is said here goes before what the configuration says."""
+    journal = otherwise.journal
+    if given["journal"] is not None:
+        journal = JournalMode(given["journal"])
+    elif given["embedded"]:
+        journal = JournalMode.OFF  # the other side of the link ends with us
+    return replace(
+        otherwise,
+        journal=journal,
+        grace_s=given["grace"] or otherwise.grace_s,
+        reloads=given["reload"] or otherwise.reloads,
+        queue=otherwise.queue if given["total_queue"] is None else given["total_queue"],
     )
 
 
