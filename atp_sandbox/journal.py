@@ -35,7 +35,7 @@ _VERSION = 1
 _SUFFIX = ".journal"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
-    CREATE TABLE IF NOT EXISTS calls (
+    CREATE TABLE calls (
         key INTEGER PRIMARY KEY,
         identity BLOB NOT NULL,
         request_id TEXT NOT NULL,
@@ -89,10 +89,11 @@ class JournalFile:
             (version,) = run("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
                 raise self._error(f"it was written by another version ({version})")
-            run("BEGIN IMMEDIATE")
-            run(_SCHEMA)
-            run(f"PRAGMA user_version = {_VERSION}")
-            run("COMMIT")
+            if version != _VERSION:
+                run("BEGIN IMMEDIATE")
+                run(_SCHEMA)
+                run(f"PRAGMA user_version = {_VERSION}")
+                run("COMMIT")
 
     def load(self) -> list[Record]:
         """What was known at the last commit, in order of arrival."""

@@ -236,6 +236,13 @@ class LinkUnit:
                 self._end_turn_soon()
                 return
             case Forgotten():
+                log.emit(
+                    log.WARNING,
+                    "request_repeated",
+                    "asked again: its answer is kept no longer",
+                    request_id=request.request_id_json,
+                    tool=request.tool,
+                )
                 text = encode_response(request.request_id_json, outcome_json(ANSWER_GONE))
                 self._session.reject(text, now)
                 self._end_turn_soon()
