@@ -201,6 +201,26 @@ def test_a_backend_that_reads_nothing_is_asked_nothing_more_and_then_gets_everyt
     assert served.beside(lambda: answers(peer, 1))[0]["request_id"] == 60
 
 
+def test_no_call_begins_while_the_backend_takes_no_answers(
+    served: Served, server: ScriptedServer
+) -> None:
+    peer = connect(served, server)
+    for number in range(40):
+        peer.send(request(number))
+    served.until(lambda: len(served.started) == 40)
+    for call in served.started[:30]:
+        served.answer(call, MIB)
+    served.until(lambda: served.unit._link._connection._is_paused)  # type: ignore[union-attr]
+    late = served.calls[30]
+    assert isinstance(late.context, CallContext)
+    served.unit.starting(late.context, lambda: served.started.append(late), served.refused.append)
+    served.loop.run_until(lambda: len(served.started) > 40, 0.2)
+    assert len(served.started) == 40
+    served.beside(lambda: answers(peer, 30))
+    served.until(lambda: len(served.started) == 41)
+    assert served.refused == []
+
+
 def test_what_no_pong_confirmed_comes_again_on_each_connection_until_one_does(
     served: Served, server: ScriptedServer
 ) -> None:
