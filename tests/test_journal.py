@@ -26,6 +26,7 @@ from atp_sandbox.atp.session import Session, Start
 from atp_sandbox.journal import Journal, JournalError, JournalFile, remove_unused
 from atp_sandbox.outcome import Kind
 from atp_sandbox.settings import JournalMode
+from atp_sandbox.state import LinkLock, prepare
 
 SECRET = "S3CRET-parameter"
 TOKEN = "T0KEN-of-a-user"
@@ -69,6 +70,7 @@ from atp_sandbox.atp.messages import ToolRequest
 from atp_sandbox.atp.session import Session
 from atp_sandbox.journal import Journal
 from atp_sandbox.settings import JournalMode
+from atp_sandbox.state import LinkLock, prepare
 
 session = Session(b"secret")
 journal = Journal(pathlib.Path(sys.argv[1]), JournalMode.ON)
@@ -143,14 +145,19 @@ def test_without_a_journal_no_file_is_made(path: Path, session: Session) -> None
 
 
 def test_journals_of_links_that_are_gone_are_removed_after_a_while(tmp_path: Path) -> None:
-    names = ("old.journal", "old.journal-wal", "used.journal", "used.journal-wal", "young.journal")
-    for name in names:
-        (tmp_path / name).touch()
-        age_s = 0 if name.startswith("young") else journal_module.MAX_UNUSED_S + 60
-        os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
-    remove_unused(tmp_path, {tmp_path / "used.journal"})
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"used.journal", "used.journal-wal", "young.journal"}
+    prepare(tmp_path)
+    with LinkLock(tmp_path, "http://here", "key") as lock:
+        names = ("old.journal", "old.journal-wal", "old.damaged", "young.journal")
+        for name in (*names, f"{lock.name}.journal"):
+            path = tmp_path / "journals" / name
+            path.touch()
+            age_s = 0 if name.startswith("young") else journal_module.MAX_UNUSED_S + 60
+            os.utime(path, (time.time() - age_s, time.time() - age_s))
+        remove_unused(tmp_path)
+        left = {path.name for path in (tmp_path / "journals").iterdir()}
+        assert left == {"young.journal", f"{lock.name}.journal"}
+    remove_unused(tmp_path)
+    assert [path.name for path in (tmp_path / "journals").iterdir()] == ["young.journal"]
 
 
 # -- what cannot be read ---------------------------------------------------------------------------
