@@ -29,7 +29,7 @@ class Background:
     def run(self, job: Callable[[], T], then: Callable[[T | SandboxError], None]) -> None:
         """Have `job()` done in the thread; `then` follows in the loop, with what it gave or raised.
 
-        Only a SandboxError is expected of it.
+        Whatever it raises comes as a SandboxError.
         """
         if self._is_closed:
             return
@@ -43,6 +43,8 @@ class Background:
                 outcome = job()
             except SandboxError as error:
                 outcome = error
+            except Exception as error:  # the thread's outer door: the next job is to be done
+                outcome = SandboxError("an internal error; please report it", cause=repr(error))
             self._call_from_thread(partial(then, outcome))
 
         self._jobs.put(work)

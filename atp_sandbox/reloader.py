@@ -19,6 +19,7 @@ from atp_sandbox.atp.registration import RegistrationEntry
 from atp_sandbox.background import Background
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
+from atp_sandbox.jails.snapshot import Snapshot
 from atp_sandbox.link_unit import LinkUnit, registration_entry
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node, TakenSnapshot, snapshot_of
@@ -64,6 +65,8 @@ class _Reload:
 
     settings: ToolkitSettings
     began_at: float
+    content: object = None
+    """What it is made of, once that is known."""
     version: ServedToolkit | None = None
     is_dropped: bool = False
     """The toolkit was removed meanwhile."""
@@ -108,6 +111,8 @@ class Reloader:
         self._wanted: dict[str, ToolkitSettings] = {}
         """As the operator wants each toolkit served, whether it can be or not."""
         self._reloads: dict[str, _Reload] = {}
+        self._failed: dict[str, object] = {}
+        """What each toolkit was made of whose last reload failed."""
         self._told: dict[tuple[str, LinkUnit], Told] = {}
         self._is_reading = False
         self._asked: bool | None = None
@@ -188,6 +193,7 @@ class Reloader:
             gone = self._told.pop(key)
             count += len(gone)
             key[1].take_over({}, (), toolkit=name, removed=gone.keys())
+        self._failed.pop(name, None)
         self._node.retire(name)
         self._host.toolkit_removed(name)
         log.emit(
@@ -207,7 +213,7 @@ class Reloader:
         """Watch what is served now, or nothing."""
         if not self._host.settings.options.reloads:
             if self._watch is not None:
-                self._watch.close()
+                self._watch.stop()
                 self._watch = None
             return
         if self._watch is None:
@@ -260,18 +266,22 @@ class Reloader:
             self._fail(reload, error)
 
     def _is_unchanged(self, reload: _Reload, taken: TakenSnapshot) -> bool:
+        """Whether it is what is served; or what failed the last time, unless somebody insists."""
         name = reload.settings.name
+        reload.content = content = _content(reload.settings, taken.snapshot)
+        insists = self._turns.tells_unchanged(name)
         serving = self._node.serving(name)
-        if serving is None or serving.discovery is None:
-            return False
-        old, new = serving.snapshot, taken.snapshot
-        same_files = (old.digest, old.entry, old.package) == (new.digest, new.entry, new.package)
-        if not same_files or serving.settings != reload.settings:
-            return False
-        if self._turns.tells_unchanged(name):
+        is_here = serving is not None and content == _content(serving.settings, serving.snapshot)
+        if not self._is_served(name) or not is_here:
+            return not insists and (is_here or content == self._failed.get(name))
+        if insists:
             message = "the toolkit and its settings are what they were"
             log.emit(log.INFO, "reload_unchanged", message, toolkit=name)
         return True
+
+    def _is_served(self, name: str) -> bool:
+        serving = self._node.serving(name)
+        return serving is not None and serving.discovery is not None
 
     def _on_prepared(
         self, reload: _Reload, version: ServedToolkit, found: Discovery | SandboxError
@@ -346,6 +356,7 @@ class Reloader:
             entries = [self._entry(served, samples) for served in one.to_register]
             one.unit.take_over(one.route.tools, entries, toolkit=name, removed=one.changes.removed)
             self._told[name, one.unit] = one.told
+        self._failed.pop(name, None)
         self._host.version_served(version, found)
         reload.version = None  # no longer ours to end
         log.emit(
@@ -363,9 +374,8 @@ class Reloader:
     def _fail(self, reload: _Reload, error: SandboxError) -> None:
         name = reload.settings.name
         if not reload.is_dropped and not self._is_closed:
-            serving = self._node.serving(name)
-            is_served = serving is not None and serving.discovery is not None
-            served = "the old version serves" if is_served else "it is not served"
+            self._failed[name] = reload.content
+            served = "the old version serves" if self._is_served(name) else "it is not served"
             message = f"the toolkit was not reloaded, {served}: {error.render()}"
             log.emit(log.ERROR, "reload_failed", message, toolkit=name)
         self._end(reload)
@@ -393,6 +403,11 @@ class Reloader:
             send_source=self._host.settings.backend.send_source,
             sample=None if samples is None else samples.outcome(served),
         )
+
+
+def _content(settings: ToolkitSettings, snapshot: Snapshot) -> object:
+    """What is equal only if nothing has changed."""
+    return settings, snapshot.digest, snapshot.entry, snapshot.package
 
 
 def _warn(

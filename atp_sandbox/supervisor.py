@@ -389,7 +389,8 @@ class Supervisor:
         for unit in self._open_units:
             unit.refuse(UNAVAILABLE_DRAINING)
         self._node.drain()
-        longest_s = max((t.limits.time_s for t in self._settings.toolkits), default=0.0)
+        versions = self._node.versions()
+        longest_s = max((one.settings.limits.time_s for one in versions), default=0.0)
         self._drain_deadline = self._loop.now() + longest_s + SEND_GRACE_S
         self._look_whether_drained()
 

@@ -101,7 +101,7 @@ class Places:
             whole = os.path.join(place, name)
             try:
                 target = os.readlink(whole)
-            except OSError:  # no link, or not there
+            except (OSError, ValueError):  # no link, not there, or no possible name
                 if not os.path.lexists(whole):
                     return
                 place = whole
@@ -150,10 +150,14 @@ class FileWatch:
             self._thread = threading.Thread(target=self._run, name="atp-watch", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
-        """End the thread; nothing is told any more. Safe to call again."""
+    def stop(self) -> None:
+        """Nothing is told any more; waits for nothing."""
         self._is_closed = True
         self._anew.set()
+
+    def close(self) -> None:
+        """End the thread as well. Safe to call again."""
+        self.stop()
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import signal
@@ -111,7 +112,7 @@ def registered(backend: FakeBackend, start: int = 0) -> list[str]:
 def test_an_edit_takes_over_while_calls_run_and_those_finish_on_the_old_code(
     kit: Path, tmp_path: Path, backend: FakeBackend
 ) -> None:
-    options = ("--reload", "--concurrency", "1")
+    options = ("--reload", "--concurrency", "1", "--sample-responses")
     with serving(kit, *options, backend=backend, tmp_path=tmp_path) as serve:
         link = backend.accept()
         assert link.call(1, "version") == "old"
@@ -133,7 +134,13 @@ def test_an_edit_takes_over_while_calls_run_and_those_finish_on_the_old_code(
         assert link.result("waiting") == "old"
         wait_until(lambda: len(backend.registered) >= known + 3, "what changed to be registered")
         assert serve.stop() == 0
+    bodies = {body["function_id"]: body for body in backend.registered}
     assert sorted(registered(backend, known)) == ["added", "slow", "version"]
+    assert bodies["added"]["metadata"]["sample_response"] == "added"
+    assert bodies["version"]["metadata"]["sample_response"] == "new"
+    served = ("added", "probe", "slow", "version")
+    sources = "".join(bodies[name]["metadata"]["source_code"] for name in served)
+    assert bodies["added"]["toolkit_hash"] == hashlib.sha256(sources.encode()).hexdigest()
     assert len(link.answers) == len({answer["request_id"] for answer in link.answers})
     assert len(told(serve, "reloaded")) == 1  # nothing of ours looks like an edit
     assert told(serve, "reload_unchanged") == []
@@ -210,6 +217,7 @@ def test_folders_data_and_links_are_watched_and_what_failed_at_the_start_is_trie
         link = backend.accept()
         tools = ("of_folder", "of_data", "of_link")
         assert [link.call(f"{name} 1", name) for name in tools] == ["one"] * 3
+        wait_told(serve, "toolkit_failed", toolkit="broken")
         (place / "folder" / "words.py").write_text("WORD = 'two'\n")
         (place / "words.txt").write_text("two")
         draft = place / "next"
@@ -220,6 +228,7 @@ def test_folders_data_and_links_are_watched_and_what_failed_at_the_start_is_trie
             wait_told(serve, "reloaded", toolkit=name)
         answers = [link.call(f"{name} 2", name) for name in (*tools, "mended")]
         assert answers == ["two"] * 4
+        assert told(serve, "reload_failed") == []  # what is broken as before is not tried again
         # A folder that was not there before, and the whole folder made anew.
         write_tree(place, {"folder/deep/er/words.py": "WORD = 'three'\n"})
         (place / "folder" / "words.py").write_text("from .deep.er.words import WORD\n")
