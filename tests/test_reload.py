@@ -150,7 +150,9 @@ def test_an_edit_takes_over_while_calls_run_and_those_finish_on_the_old_code(
 def test_a_broken_edit_keeps_the_old_version_and_the_next_good_one_takes(
     kit: Path, tmp_path: Path, backend: FakeBackend
 ) -> None:
-    with serving(kit, "--reload", backend=backend, tmp_path=tmp_path) as serve:
+    fence = tmp_path / "fence.py"
+    fence.write_text(toolkit_text())
+    with serving(kit, fence, "--reload", backend=backend, tmp_path=tmp_path) as serve:
         link = backend.accept()
         broken = {
             "def broken(:\n": "SyntaxError",
@@ -164,15 +166,19 @@ def test_a_broken_edit_keeps_the_old_version_and_the_next_good_one_takes(
             assert "the old version serves" in event["message"]
             assert event["toolkit"] == "kit"
             assert link.call(text, "version") == "old"
+        save_by_rename(kit, text)  # the same again is not tried again
+        fence.write_text(toolkit_text("value = 1"))
+        wait_told(serve, "reloaded", toolkit="fence")
         save_by_rename(kit, kit_text("renamed"))
-        wait_told(serve, "reloaded")
+        wait_told(serve, "reloaded", toolkit="kit")
+        assert len(told(serve, "reload_failed")) == len(broken)
         assert link.call("renamed", "version") == "renamed"
         kit.unlink()
         event = wait_told(serve, "reload_failed", len(broken) + 1)
         assert "cannot be found" in event["message"]
         assert link.call("deleted", "version") == "renamed"
         kit.write_text(kit_text("recreated"))
-        wait_told(serve, "reloaded", 2)
+        wait_told(serve, "reloaded", 2, toolkit="kit")
         assert link.call("recreated", "version") == "recreated"
         assert serve.stop() == 0
 
@@ -217,18 +223,20 @@ def test_folders_data_and_links_are_watched_and_what_failed_at_the_start_is_trie
         link = backend.accept()
         tools = ("of_folder", "of_data", "of_link")
         assert [link.call(f"{name} 1", name) for name in tools] == ["one"] * 3
-        wait_told(serve, "toolkit_failed", toolkit="broken")
+        # What is broken as before is not tried again: it would be before what comes later.
+        (place / "broken.py").write_text("import no_such_package\n")
         (place / "folder" / "words.py").write_text("WORD = 'two'\n")
+        wait_told(serve, "reloaded", toolkit="folder")
         (place / "words.txt").write_text("two")
         draft = place / "next"
         draft.symlink_to("releases/2")
         draft.rename(place / "current")
         (place / "broken.py").write_text(toolkit_text(tool.format("mended", "'two'")))
-        for name in ("folder", "data", "linked", "broken"):
+        for name in ("data", "linked", "broken"):
             wait_told(serve, "reloaded", toolkit=name)
         answers = [link.call(f"{name} 2", name) for name in (*tools, "mended")]
         assert answers == ["two"] * 4
-        assert told(serve, "reload_failed") == []  # what is broken as before is not tried again
+        assert told(serve, "reload_failed") == []
         # A folder that was not there before, and the whole folder made anew.
         write_tree(place, {"folder/deep/er/words.py": "WORD = 'three'\n"})
         (place / "folder" / "words.py").write_text("from .deep.er.words import WORD\n")
