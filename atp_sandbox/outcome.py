@@ -32,8 +32,9 @@ class Kind(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
-RETRYABLE = frozenset({Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.INTERRUPTED, Kind.INTERNAL_ERROR})
-"""Kinds where the same call may well succeed later. A crash or a limit will most likely repeat."""
+RETRYABLE = frozenset({Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.INTERNAL_ERROR})
+"""Kinds where the same call may well succeed later. A crash or a limit will most likely repeat, and
+what was interrupted may have done its work already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,10 @@ class ServedToolkit:
         """Answer what waits and what comes with `failure`; what runs goes on."""
         self._obey(self._pool.refuse(failure))
 
+    def interrupt(self) -> None:
+        """Answer what runs `interrupted`, and end it."""
+        self._obey(self._pool.interrupt(self._loop.now()))
+
     @property
     def is_idle(self) -> bool:
         return self._pool.is_idle

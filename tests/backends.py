@@ -39,6 +39,7 @@ class FakeBackend:
         self.registered: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self._links: queue.Queue[FakeLink] = queue.Queue()
+        self._all_links: list[FakeLink] = []
         self._server = serve(
             self._on_link,
             "127.0.0.1",
@@ -72,6 +73,8 @@ class FakeBackend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for link in self._all_links:
+            link.reads.set()
         self._server.shutdown()
         self._thread.join()
 
@@ -98,6 +101,7 @@ class FakeBackend:
 
     def _on_link(self, connection: ServerConnection) -> None:
         link = FakeLink(connection)
+        self._all_links.append(link)
         self._links.put(link)
         link.read()
 
@@ -122,12 +126,16 @@ class FakeLink:
         """Everything that was received."""
         self.close_code: int | None = None
         self.is_closed = False
+        self.reads = threading.Event()
+        """Without it nothing is taken, until no more fits between the two sides."""
+        self.reads.set()
 
     def read(self) -> None:
         """Collect until the end; runs in the thread of the connection."""
         try:
             for message in self._connection:
                 self.texts.append(message if isinstance(message, str) else message.decode())
+                self.reads.wait()
         except ConnectionClosed:
             pass
         finally:
