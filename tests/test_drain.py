@@ -166,13 +166,13 @@ def test_tool_that_ignores_everything_is_interrupted_after_the_grace_and_gone(
 
 
 def test_backend_that_does_not_read_holds_nothing_up(tmp_path: Path) -> None:
-    with FakeBackend() as backend, serving(tmp_path, backend.url, "--grace", "2s") as serve:
+    with FakeBackend() as backend, serving(tmp_path, backend.url, "--grace", "1s") as serve:
         link = backend.accept()
         link.reads.clear()
         for number in range(24):  # more than the buffers of both sides take
             link.request(number, "a_much")
         begin_stubborn(link)
-        end_in_time(serve, 2.0)
+        end_in_time(serve, 1.0)
 
 
 def test_backend_that_is_away_holds_nothing_up(tmp_path: Path) -> None:
