@@ -56,17 +56,17 @@ _UPKEEP_S = 5.0
 """Between two looks at what only time changes."""
 
 NOT_STARTED = Failure(
-    Kind.INTERRUPTED, "The server ended before this call was started; it did not run."
+    Kind.INTERRUPTED,
+    "The server ended before this call was started; it did not run.",
+    never_ran=True,
 )
 MAY_HAVE_RUN = Failure(
     Kind.INTERRUPTED,
     "The server ended while this call was at work; it may have run, in part or to its end.",
-    may_have_run=True,
 )
 ANSWER_GONE = Failure(
     Kind.INTERRUPTED,
     "This request was answered before; its answer is kept no longer, and it is not run again.",
-    may_have_run=True,
 )
 
 

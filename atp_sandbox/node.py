@@ -23,8 +23,9 @@ from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CgroupSupport, CgroupTree, detect, remove_stale
-from atp_sandbox.jails.farewell import Farewells
+from atp_sandbox.jails.farewell import PATIENCE_S, Farewells
 from atp_sandbox.jails.jail import SetupFailure
+from atp_sandbox.jails.janitor_service import Duty, JanitorService
 from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import Snapshot, SnapshotHold, prune, take_snapshot
 from atp_sandbox.loop import Loop, Timer
@@ -32,7 +33,7 @@ from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ToolkitSettings
-from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch
+from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch, scratch_prefix
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
 USAGE_SAMPLE_S = 0.02
@@ -83,8 +84,14 @@ class Node:
         state_dir: Path,
         listener: NodeListener,
         reroutes: Sequence[Reroute] = (),
+        *,
+        has_janitor: bool = False,
     ) -> None:
-        """SandboxError if the state directory cannot be used."""
+        """SandboxError if the state directory cannot be used.
+
+        `has_janitor`: a process of its own clears up at once, should this one be killed; without,
+        control groups stay until the next start.
+        """
         prepare(state_dir)
         self._state_dir = state_dir
         self._loop = loop
@@ -96,6 +103,8 @@ class Node:
         self._cgroups: CgroupTree | None = None
         self._mover: Mover | None = None
         self._farewells = Farewells(loop)
+        self._has_janitor = has_janitor
+        self._janitor: JanitorService | None = None
         self._reroutes = reroutes
         self._egress: EgressService | None = None
         """Started for the first toolkit whose jails have a network of their own."""
@@ -214,6 +223,7 @@ class Node:
             self._provide_cgroups(isolation)
         if os.geteuid() == 0 and not isolation.has_namespaces:
             let_others_pass(self._state_dir)
+        self._provide_janitor(isolation)
 
     def _make(self, settings: ToolkitSettings, taken: TakenSnapshot) -> ServedToolkit:
         """Begins its discovery as soon as its turn comes."""
@@ -262,19 +272,30 @@ class Node:
         for toolkit in self.versions():
             toolkit.refuse(UNAVAILABLE_DRAINING)
 
-    def close(self) -> None:
-        """End every jail and give back what the node owned. Safe to call again."""
+    def interrupt(self) -> None:
+        """Answer what runs `interrupted` and end it. Calls that wait are not touched."""
+        for toolkit in self.versions():
+            toolkit.interrupt()
+
+    def close(self, *, patience_s: float = PATIENCE_S) -> None:
+        """End every jail and give back what the node owned. Safe to call again.
+
+        `patience_s`: for jails that end in order, before they are killed.
+        """
         for timer in (self._usage_timer, self._output_timer):
             if timer is not None:
                 timer.cancel()
         self._to_discover.clear()
         for toolkit in self.versions():
             self._end(toolkit)
-        self._farewells.close()
+        self._farewells.close(patience_s)
         if self._egress is not None:
             self._egress.close()
         if self._mover is not None:
             self._mover.close()
+        if self._janitor is not None:
+            # On version 2 it is in the group that we give back.
+            self._janitor.close()
         if self._cgroups is not None:
             self._cgroups.close()
 
@@ -381,6 +402,18 @@ class Node:
             error = isolation_error(SetupFailure("cgroup", reason), isolation)
             error.tip = f"{self._cgroup_support.remedy} {error.tip}"
             raise error
+
+    def _provide_janitor(self, isolation: Isolation) -> None:
+        """Have somebody clear up what a jail of this isolation would leave if we were killed."""
+        if not self._has_janitor or (self._cgroups is None and isolation.has_namespaces):
+            return
+        groups = None if self._cgroups is None else self._cgroups.place
+        duty = Duty(scratch_prefix(self._build_dir.parent), groups)
+        if self._janitor is not None and self._janitor.duty != duty:
+            self._janitor.close()
+            self._janitor = None
+        if self._janitor is None:
+            self._janitor = JanitorService(self._loop, duty)
 
     def _watch_usage(self) -> None:
         for toolkit in self.versions():

@@ -11,16 +11,18 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import assert_never
 
 from atp_sandbox import log, routing
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
+from atp_sandbox.drain import Drain, Step
 from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
 from atp_sandbox.journal import Journal, journal_path, remove_unused
 from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
-from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
 from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.reloader import Reloader
@@ -31,12 +33,8 @@ from atp_sandbox.state import LinkLock
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
 
 DRAIN_LOOK_S = 0.02
-SEND_GRACE_S = 5.0
-"""For answers to leave after the last call ended, before the rest of them is given up."""
 _SECRET_CHARS = 6
 """Shorter strings of a token, such as its kind, are no secret and stand in many texts."""
-SHUTDOWN_S = 2.0
-"""For links to say good-bye."""
 SCRIPT_END_S = 1.0
 """For what a toolkit's script still does after `stop()` let its `start()` return."""
 
@@ -60,7 +58,7 @@ class Supervisor:
         self.on_ready = on_ready or (lambda: None)
         """Called in the loop once every link is connected."""
         self._loop = Loop()
-        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes)
+        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes, has_janitor=True)
         self._undecided = {toolkit.name for toolkit in settings.toolkits}
         self._discoveries: dict[str, Discovery] = {}
         self._stopped_clients: set[tuple[str, int]] = set()
@@ -71,8 +69,7 @@ class Supervisor:
         self._error: SandboxError | None = None
         self._is_ready = False
         self._stop_requests = 0
-        self._drain_deadline = 0.0
-        self._drain_timer: Timer | None = None
+        self._drain: Drain | None = None
         self._started_at = time.monotonic()
         self.learned = Learned({t.name: t.egress for t in settings.toolkits})
         self.routes: tuple[routing.Route, ...] = ()
@@ -102,7 +99,10 @@ class Supervisor:
                 self._reloader.close()
             for unit in list(self._open_units):
                 unit.close()
-            self._node.close()
+            if self._drain is None:
+                self._node.close()
+            else:
+                self._node.close(patience_s=self._drain.patience_s(self._loop.now()))
             for unit in self._units:
                 unit.release()
             for lock in self._locks:
@@ -222,6 +222,8 @@ class Supervisor:
             )
 
     def _register(self) -> None:
+        if self._drain is not None:
+            return  # asked to stop while the sample calls ran
         for unit, found in zip(self._units, self.routes, strict=True):
             if unit not in self._open_units:
                 continue  # its clients were stopped while the sample calls ran
@@ -399,27 +401,34 @@ class Supervisor:
             return
         if self._reloader is not None:
             self._reloader.stop()
-        log.emit(log.INFO, "draining", "no new calls; running ones may finish")
+        grace_s = self._settings.options.grace_s
+        if grace_s is None:
+            versions = self._node.versions()
+            grace_s = max((one.settings.limits.time_s for one in versions), default=0.0)
+        log.emit(log.INFO, "draining", "no new calls; running ones may finish", grace_s=grace_s)
         for unit in self._open_units:
             unit.refuse(UNAVAILABLE_DRAINING)
         self._node.drain()
-        versions = self._node.versions()
-        longest_s = max((one.settings.limits.time_s for one in versions), default=0.0)
-        self._drain_deadline = self._loop.now() + longest_s + SEND_GRACE_S
-        self._look_whether_drained()
+        self._drain = Drain(self._loop.now(), grace_s)
+        self._go_on_draining(self._drain)
 
-    def _look_whether_drained(self) -> None:
-        now = self._loop.now()
-        if self._node.is_idle:
-            # From here on only answers have to leave, and only where there is a way.
-            self._drain_deadline = min(self._drain_deadline, now + SEND_GRACE_S)
+    def _go_on_draining(self, drain: Drain) -> None:
         settled = all(unit.is_settled for unit in self._open_units)
-        if (self._node.is_idle and settled) or now >= self._drain_deadline:
-            self._loop.call_later(SHUTDOWN_S, self._loop.stop)
-            for unit in list(self._open_units):
-                unit.close()
-            return
-        self._drain_timer = self._loop.call_later(DRAIN_LOOK_S, self._look_whether_drained)
+        step = drain.step(self._loop.now(), is_idle=self._node.is_idle, is_settled=settled)
+        match step:
+            case Step.WAIT:
+                pass
+            case Step.INTERRUPT:
+                log.emit(log.WARNING, "interrupting", "the grace is over: running calls are ended")
+                self._node.interrupt()
+            case Step.CLOSE_LINKS:
+                for unit in list(self._open_units):
+                    unit.close()
+            case Step.LEAVE:
+                self._loop.stop()
+            case _:
+                assert_never(step)
+        self._loop.call_later(DRAIN_LOOK_S, lambda: self._go_on_draining(drain))
 
     def _fail(self, error: SandboxError) -> None:
         self._error = self._error or error

@@ -205,6 +205,10 @@ class ServedToolkit:
         """Clients that the toolkit itself has stopped."""
         return frozenset(self._stopped_clients)
 
+    def interrupt(self) -> None:
+        """Answer what runs `interrupted`, and end it."""
+        self._obey(self._pool.interrupt(self._loop.now()))
+
     @property
     def is_idle(self) -> bool:
         return self._pool.is_idle
