@@ -222,7 +222,7 @@ def _route(
 
 
 def _taken(tool: Tool, holder: str) -> str:
-    return f"{printable(tool.name)} is already served by toolkit {holder}, which comes first"
+    return f"{printable(tool.name)} is already served by toolkit {holder}, which came first"
 
 
 def refused_by_backend(url: str, reason: str) -> BackendError:

@@ -119,7 +119,7 @@ def test_an_edit_takes_over_while_calls_run_and_those_finish_on_the_old_code(
         assert link.call(2, "gone") == "gone"
         known = len(backend.registered)
         comm = f"reload-{os.getpid()}"
-        link.request("running", "slow", value=5.0, comm=comm)
+        link.request("running", "slow", value=4.0, comm=comm)
         wait_until(lambda: processes_named(comm), "the tool to run")
         link.request("waiting", "version")
         link.call("after it", "nosuch")  # so the call before it has arrived
