@@ -275,7 +275,8 @@ def remove_dead(support: CgroupSupport, name: str, orderly_s: float) -> bool:
     """End and remove the tree `name`, whose supervisor is known to be dead; whether it is gone.
 
     What ends by itself has `orderly_s` for it. Another supervisor that starts may do the same at
-    the same time. On version 2 this process moves out of the leaf that it shared with the dead one.
+    the same time. The leaf that version 2 needs stays: we are in it, and wherever else we went we
+    would be in the way of that other one.
     """
     paths = {key: f"{path}/{_TOP}/{name}" for key, path in support.directories.items()}
     tree = _GROUPS[support.version](paths)
@@ -283,8 +284,6 @@ def remove_dead(support: CgroupSupport, name: str, orderly_s: float) -> bool:
     tree.wait_empty(orderly_s)
     tree.end_and_remove(_END_S)
     _remove_tops(support)
-    if support.version == 2:
-        cgroups_v2.vacate(_own_directory(support), support.directories)
     return not any(map(os.path.exists, paths.values()))
 
 
