@@ -15,6 +15,7 @@ from typing import Protocol, assert_never
 from atp_sandbox import log
 from atp_sandbox.admission import ServedTool, admit
 from atp_sandbox.atp.address import LinkAddress
+from atp_sandbox.atp.connection import LinkTimings
 from atp_sandbox.atp.link import (
     Connected,
     Connecting,
@@ -40,6 +41,8 @@ from atp_sandbox.toolkit import NodeCall
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 """Answers handed to the connection and not yet taken by the kernel; others wait in the outbox."""
 _RETRY_FLUSH_S = 0.02
+LINK_TIMINGS = LinkTimings()
+"""Of every link of this process; other than the defaults only in tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,13 @@ class LinkUnit:
         self.tools = tools
         """By name; what is missing here is an unknown tool."""
         self._session = Session(secrets.token_bytes(16))
-        self._link = Link(loop, address, on_message=self._on_message, on_state=self._on_state)
+        self._link = Link(
+            loop,
+            address,
+            on_message=self._on_message,
+            on_state=self._on_state,
+            timings=LINK_TIMINGS,
+        )
         self._registrar: Registrar | None = None
         self._flush_timer: Timer | None = None
         self._refusal: Failure | None = None

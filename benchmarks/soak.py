@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from websockets.frames import Frame, Opcode
-from websockets.http11 import Request
-from websockets.server import ServerProtocol
+
+from benchmarks.wire import Backend, Link, request_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,59 +193,6 @@ class _Call:
     answers: int = 0
 
 
-class _Backend:
-    """Accepts one toolkit: registrations by POST, calls over the websocket."""
-
-    def __init__(self, on_answer: Callable[[int, Any], None]) -> None:
-        self._on_answer = on_answer
-        self._writer: asyncio.StreamWriter | None = None
-        self._protocol: ServerProtocol | None = None
-        self.connected = asyncio.Event()
-        self.links = 0
-
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            while head.startswith(b"POST "):
-                length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-                await reader.readexactly(length)
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-                head = await reader.readuntil(b"\r\n\r\n")
-            await self._serve(head, reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    async def _serve(
-        self, data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        protocol = ServerProtocol(max_size=None)
-        while data:
-            protocol.receive_data(data)
-            for event in protocol.events_received():
-                if isinstance(event, Request):
-                    protocol.send_response(protocol.accept(event))
-                    self._writer, self._protocol = writer, protocol
-                    self.links += 1
-                    self.connected.set()
-                elif isinstance(event, Frame) and event.opcode is Opcode.TEXT:
-                    answer = json.loads(event.data)
-                    self._on_answer(answer["request_id"], answer["result"])
-            for piece in protocol.data_to_send():
-                if piece:
-                    writer.write(piece)
-            data = await reader.read(1 << 20)
-
-    def send(self, payload: dict[str, object]) -> None:
-        assert self._protocol is not None
-        assert self._writer is not None
-        message = {"message_type": "atp_tool_request", "payload": payload}
-        self._protocol.send_text(json.dumps(message).encode())
-        for piece in self._protocol.data_to_send():
-            self._writer.write(piece)
-
-
 class _Soak:
     """Keeps `concurrency` calls under way until `calls` were made or `seconds` have passed."""
 
@@ -260,12 +206,12 @@ class _Soak:
         self._answered = asyncio.Event()
         self._latencies: list[float] = []
         self._endings: Counter[str] = Counter()
-        self._backend = _Backend(self._on_answer)
+        self._backend = Backend(self)
         self.report = Report()
 
     async def run(self, folder: Path) -> Report:
-        server = await asyncio.start_server(self._backend.handle, "127.0.0.1", 0, limit=1 << 26)
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await self._backend.start()
+        url = self._backend.url
         (folder / "soak.py").write_text(TOOLKIT)
         log_path = folder / "log"
         with log_path.open("wb") as log:
@@ -293,7 +239,7 @@ class _Soak:
         finally:
             process.kill()
             process.wait()
-            server.close()
+            self._backend.close()
         return self.report
 
     async def _measure(self, process: psutil.Process) -> None:
@@ -353,8 +299,21 @@ class _Soak:
         value = f"{number}-é-" + "v" * self._random.choice((0, 10, 300, 20_000))
         self._calls[number] = _Call(tool, value, time.monotonic())
         self._open += 1
-        params = {"value": value}
-        self._backend.send({"request_id": number, "tool_name": tool, "params": params})
+        assert self._backend.link is not None
+        self._backend.link.send_text(request_text(number, tool, {"value": value}))
+
+    def link_opened(self, link: Link) -> None:
+        pass
+
+    def link_closed(self, link: Link) -> None:
+        pass
+
+    def pong_received(self, link: Link, payload: bytes) -> None:
+        pass
+
+    def text_received(self, link: Link, data: bytes) -> None:
+        answer = json.loads(data)
+        self._on_answer(answer["request_id"], answer["result"])
 
     def _on_answer(self, number: int, result: Any) -> None:
         call = self._calls[number]
