@@ -7,12 +7,11 @@ what they decided to the node, and what the node concluded to the backend.
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
-from atp_sandbox import log
+from atp_sandbox import crash_points, log
 from atp_sandbox.admission import ServedTool, admit
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.atp.connection import LinkTimings
@@ -32,17 +31,38 @@ from atp_sandbox.atp.messages import (
     decode,
     encode_response,
 )
+from atp_sandbox.atp.outbox import MAX_OUTBOX_BYTES
+from atp_sandbox.atp.record import Record, Stage
 from atp_sandbox.atp.registration import Registrar, RegistrationEntry
-from atp_sandbox.atp.session import Resend, Running, Session, Start
+from atp_sandbox.atp.session import Forgotten, Resend, Running, Session, Start
+from atp_sandbox.journal import UNAVAILABLE, Journal
+from atp_sandbox.limits import MIB, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Outcome, outcome_json
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, outcome_json
 from atp_sandbox.toolkit import NodeCall
 
-MAX_UNSENT_BYTES = 4 * 1024 * 1024
-"""Answers handed to the connection and not yet taken by the kernel; others wait in the outbox."""
-_RETRY_FLUSH_S = 0.02
 LINK_TIMINGS = LinkTimings()
-"""Of every link of this process; other than the defaults only in tests."""
+MAX_UNSENT_BYTES = 4 * MIB
+"""Answers handed to the connection and not yet taken by the kernel; others wait in the outbox."""
+MAX_WAITING_BYTES = 8 * MIB
+"""Answers that wait beyond these: while the backend takes no more, we take no more requests."""
+_RETRY_FLUSH_S = 0.02
+_UPKEEP_S = 5.0
+"""Between two looks at what only time changes."""
+
+NOT_STARTED = Failure(
+    Kind.INTERRUPTED, "The server ended before this call was started; it did not run."
+)
+MAY_HAVE_RUN = Failure(
+    Kind.INTERRUPTED,
+    "The server ended while this call was at work; it may have run, in part or to its end.",
+    may_have_run=True,
+)
+ANSWER_GONE = Failure(
+    Kind.INTERRUPTED,
+    "This request was answered before; its answer is kept no longer, and it is not run again.",
+    may_have_run=True,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +87,34 @@ class LinkUnit:
     """Owns one link."""
 
     def __init__(
-        self, loop: Loop, address: LinkAddress, owner: LinkOwner, tools: dict[str, ServedTool]
+        self,
+        loop: Loop,
+        address: LinkAddress,
+        owner: LinkOwner,
+        tools: dict[str, ServedTool],
+        secret: bytes,
+        journal: Journal,
     ) -> None:
+        """`secret`: see `Session`. JournalError if the journal is required and cannot be had."""
         self._loop = loop
         self.address = address
         self._owner = owner
         self.tools = tools
         """By name; what is missing here is an unknown tool."""
-        self._session = Session(secrets.token_bytes(16))
+        self._session = Session(secret)
+        self._journal = journal
+        self._restore(journal.open())
+        self._turn_is_due = False
+        self._starting: list[tuple[Callable[[], None], Callable[[Failure], None]]] = []
+        """How to hand calls to their workers, or not to, until the journal has them."""
+        self._given_up = 0
+        self._upkeep_timer = loop.call_later(_UPKEEP_S, self._upkeep)
         self._link = Link(
             loop,
             address,
             on_message=self._on_message,
             on_state=self._on_state,
+            on_read=self._on_read,
             timings=LINK_TIMINGS,
         )
         self._registrar: Registrar | None = None
@@ -89,9 +124,9 @@ class LinkUnit:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is in flight and every answer has left."""
-        session = self._session
-        return not session.in_flight and not session.pending and not self._link.unsent_bytes
+        """Nothing is in flight, and the backend has read past every answer."""
+        outbox = self._session.outbox
+        return not self._session.in_flight and not outbox.waiting and not outbox.unconfirmed
 
     @property
     def is_connected(self) -> bool:
@@ -121,13 +156,31 @@ class LinkUnit:
             self._registrar.stop()
         if self._flush_timer is not None:
             self._flush_timer.cancel()
+        self._upkeep_timer.cancel()
+        self._journal.commit(self._session, self._loop.now())
         self._link.close()
+
+    def release(self) -> None:
+        """Close the journal: nothing is written any more. Safe to call again."""
+        self._journal.commit(self._session, self._loop.now())
+        self._journal.close()
+
+    def starting(
+        self, context: CallContext, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None:
+        """Call `go` once a successor would know that the call was started, or `refuse`."""
+        self._session.started(context.key)
+        self._starting.append((go, refuse))
+        self._end_turn_soon()
 
     def answer(self, context: CallContext, outcome: Outcome) -> None:
         """The one answer to a call of this link."""
+        crash_points.reach(crash_points.AFTER_RESULT)
         text = encode_response(context.request_id_json, outcome_json(outcome))
+        if not self._session.outbox.has_room_for(len(text)):
+            text = encode_response(context.request_id_json, outcome_json(_no_room(len(text))))
         self._session.answered(context.key, text, self._loop.now())
-        self._flush()
+        self._end_turn_soon()
 
     # -- from the backend --------------------------------------------------------------------------
 
@@ -145,8 +198,9 @@ class LinkUnit:
                     tool=tool,
                     kind=failure.kind.value,
                 )
-                self._session.enqueue(encode_response(request_id_json, outcome_json(failure)))
-                self._flush()
+                text = encode_response(request_id_json, outcome_json(failure))
+                self._session.reject(text, self._loop.now())
+                self._end_turn_soon()
             case Hello(text):
                 log.emit(log.DEBUG, "hello", text)
             case Ignored(reason):
@@ -160,6 +214,8 @@ class LinkUnit:
         match decision:
             case Start(key):
                 context = CallContext(self, key, request.request_id_json)
+                crash_points.reach(crash_points.AFTER_ACCEPT)
+                self._end_turn_soon()
             case Running():
                 log.emit(
                     log.INFO,
@@ -177,11 +233,16 @@ class LinkUnit:
                     request_id=request.request_id_json,
                     tool=request.tool,
                 )
-                self._flush()
+                self._end_turn_soon()
+                return
+            case Forgotten():
+                text = encode_response(request.request_id_json, outcome_json(ANSWER_GONE))
+                self._session.reject(text, now)
+                self._end_turn_soon()
                 return
             case _:
                 assert_never(decision)
-        refusal = self._refusal or admit(request, self.tools)
+        refusal = self._refusal or self._journal.refusal or admit(request, self.tools)
         if refusal is not None:
             log.emit(
                 log.INFO,
@@ -208,19 +269,99 @@ class LinkUnit:
 
     # -- to the backend ----------------------------------------------------------------------------
 
+    def _end_turn_soon(self) -> None:
+        """What this turn of the loop brings is written down together, and then done."""
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._turn_is_due = False
+        may_start = self._journal.commit(self._session, self._loop.now())
+        crash_points.reach(crash_points.AFTER_JOURNAL)
+        starting, self._starting = self._starting, []
+        for go, refuse in starting:
+            if may_start:
+                go()
+            else:
+                refuse(UNAVAILABLE)
+        if starting:
+            crash_points.reach(crash_points.AFTER_START)
+        self._flush()
+
     def _flush(self) -> None:
+        outbox = self._session.outbox
         if not self._link.connected:
             return
         room = MAX_UNSENT_BYTES - self._link.unsent_bytes
-        if room > 0:
-            for text in self._session.take(room):
+        if outbox.waiting and room > 0:
+            crash_points.reach(crash_points.BEFORE_SEND)
+            for text in outbox.take(room, self._loop.now()):
                 self._link.send(text)
-        if self._session.pending and self._flush_timer is None:
+            # The connection writes at the end of this turn, and then we are asked again.
+            self._loop.call_soon(self._sent)
+        if outbox.unconfirmed:
+            self._link.ping()
+        self._link.pause_reading(outbox.waiting_bytes > MAX_WAITING_BYTES)
+        if outbox.waiting and self._flush_timer is None:
             self._flush_timer = self._loop.call_later(_RETRY_FLUSH_S, self._flush_again)
+
+    def _sent(self) -> None:
+        crash_points.reach(crash_points.AFTER_SEND)
 
     def _flush_again(self) -> None:
         self._flush_timer = None
         self._flush()
+
+    def _on_read(self, count: int) -> None:
+        """The backend has read past this many texts of this connection."""
+        self._session.confirm(count)
+        self._end_turn_soon()
+
+    def _upkeep(self) -> None:
+        self._upkeep_timer = self._loop.call_later(_UPKEEP_S, self._upkeep)
+        now = self._loop.now()
+        self._journal.commit(self._session, now)
+        self._journal.tidy(now)
+        given_up = self._session.outbox.given_up
+        if given_up > self._given_up:
+            log.emit(
+                log.WARNING,
+                "answers_given_up",
+                "answers are not kept any longer for a backend that does not confirm them",
+                url=self.address.redacted,
+                answers=given_up - self._given_up,
+            )
+            self._given_up = given_up
+
+    def _restore(self, records: Sequence[Record]) -> None:
+        """Answer what a predecessor left without; what it has answered is sent again."""
+        now = self._loop.now()
+        interrupted = due = 0
+        for record in records:
+            text = record.text
+            if record.stage in (Stage.ACCEPTED, Stage.STARTED):
+                failure = NOT_STARTED if record.stage is Stage.ACCEPTED else MAY_HAVE_RUN
+                text = encode_response(record.request_id_json, outcome_json(failure))
+                interrupted += 1
+                log.emit(
+                    log.WARNING,
+                    "call_interrupted",
+                    failure.error,
+                    request_id=record.request_id_json,
+                    tool=record.tool,
+                )
+            due += record.stage is Stage.ANSWERED
+            self._session.restore(record, text, now)
+        if interrupted or due:
+            log.emit(
+                log.WARNING,
+                "journal_recovered",
+                "the process before this one ended without having answered everything",
+                url=self.address.redacted,
+                interrupted=interrupted,
+                unconfirmed=due,
+            )
 
     def _on_state(self, event: LinkEvent) -> None:
         match event:
@@ -230,8 +371,8 @@ class LinkUnit:
                 self.was_connected = True
                 self._owner.link_connected(self)
                 self._flush()
-            case Disconnected(_, retry_in_s, unsent):
-                self._session.restore(unsent)
+            case Disconnected(_, retry_in_s):
+                self._session.outbox.connection_ended()
                 if retry_in_s is None:
                     self._owner.link_closed(self)
             case Refused(status, reason, first, _):
@@ -239,6 +380,15 @@ class LinkUnit:
                     self._owner.link_refused(self, f"HTTP {status} {reason}".strip())
             case _:
                 assert_never(event)
+
+
+def _no_room(size_bytes: int) -> Failure:
+    return Failure(
+        Kind.OUTPUT_LIMIT,
+        f"The tool ran, but its result of {format_size(size_bytes)} could not be kept: the backend "
+        f"takes no answers, and {format_size(MAX_OUTBOX_BYTES)} of them wait already.",
+        Limit("waiting answers", MAX_OUTBOX_BYTES, "bytes"),
+    )
 
 
 def registration_entry(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +46,11 @@ class NodeListener(Protocol):
     def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None: ...
     def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None: ...
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None: ...
+    def call_starting(
+        self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None:
+        """`call` is assigned: `go` hands it to its worker, `refuse` ends it instead."""
+
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None: ...
     def connection_denied(self, toolkit: str, denial: Denial) -> None: ...
 
@@ -192,6 +197,11 @@ class Node:
 
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
         self._listener.client_stopped(toolkit, client)
+
+    def call_starting(
+        self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None:
+        self._listener.call_starting(call, go, refuse)
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         self._listener.call_finished(call, outcome, printed)

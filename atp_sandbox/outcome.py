@@ -62,10 +62,12 @@ class Failure:
     retry_after_s: float | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     """Further plain JSON members, for example the names of missing parameters."""
+    may_have_run: bool = False
+    """For `interrupted`: trying again might do the same thing twice."""
 
     @property
     def retryable(self) -> bool:
-        return self.kind in RETRYABLE
+        return self.kind in RETRYABLE and not self.may_have_run
 
 
 Outcome = Success | Failure

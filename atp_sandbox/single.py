@@ -6,7 +6,7 @@ What `call`, `inspect` and `doctor` have in common with `serve` is all of the no
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from atp_sandbox.errors import SandboxError
 from atp_sandbox.learned import Learned
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
-from atp_sandbox.outcome import Outcome
+from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.settings import ToolkitSettings
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
@@ -104,6 +104,11 @@ class SingleToolkit:
 
     def connection_denied(self, toolkit: str, denial: Denial) -> None:
         self.learned.note(toolkit, denial.host, denial.port, denial.reason)
+
+    def call_starting(
+        self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None:
+        go()
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         self._result = (outcome, printed)

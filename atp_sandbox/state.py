@@ -3,6 +3,7 @@
 Trusted side only; no jail sees any of it but single snapshots, read-only.
 
     <state>/snapshots   toolkits as they were taken, see `jails.snapshot`
+    <state>/journals    one per link, see `journal`
     <state>/locks       one file per link, and the secret that their names are made with
     <state>/run         sockets and other leftovers of a running process
 """
@@ -25,8 +26,8 @@ from urllib.parse import urlsplit
 
 from atp_sandbox.errors import SandboxError, UsageError
 
-SNAPSHOTS, LOCKS, RUN = "snapshots", "locks", "run"
-SUBDIRECTORIES = (SNAPSHOTS, LOCKS, RUN)
+SNAPSHOTS, JOURNALS, LOCKS, RUN = "snapshots", "journals", "locks", "run"
+SUBDIRECTORIES = (SNAPSHOTS, JOURNALS, LOCKS, RUN)
 
 _SCRATCH = "scratch-"
 _SECRET_NAME = "secret"
@@ -159,6 +160,10 @@ class LinkLock:
         self._locks = state_dir / LOCKS
         self._link = _link_bytes(base_url, api_key)
         self._fd: int | None = None
+        self.name = ""
+        """Of the link; tells its key to nobody. Known once the lock was acquired."""
+        self.secret = b""
+        """For digests of this link's requests, the same in every process. Likewise."""
 
     def __repr__(self) -> str:
         return f"<LinkLock {'held' if self._fd is not None else 'free'}>"
@@ -171,10 +176,14 @@ class LinkLock:
         """
         if self._fd is not None:
             return
-        name = hashlib.blake2b(self._link, key=_secret(self._locks), digest_size=32).hexdigest()
+        key = _secret(self._locks)
+        self.name = hashlib.blake2b(self._link, key=key, digest_size=32).hexdigest()
+        self.secret = hashlib.blake2b(self._link, key=key, person=b"requests").digest()
         try:
             fd = os.open(
-                self._locks / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+                self._locks / self.name,
+                os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
             )
         except OSError as error:
             raise SandboxError(

@@ -16,6 +16,7 @@ from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
+from atp_sandbox.journal import Journal, journal_path, remove_unused
 from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
 from atp_sandbox.loop import Loop, Timer
@@ -24,7 +25,7 @@ from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.samples import SampleCalls
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ServeSettings
-from atp_sandbox.state import LinkLock
+from atp_sandbox.state import JOURNALS, LinkLock
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
 
 DRAIN_LOOK_S = 0.02
@@ -84,6 +85,8 @@ class Supervisor:
             for unit in list(self._open_units):
                 unit.close()
             self._node.close()
+            for unit in self._units:
+                unit.release()
             for lock in self._locks:
                 lock.close()
             self._loop.close()
@@ -163,6 +166,8 @@ class Supervisor:
             )
             for found in self.routes:
                 self._open(found)
+            journals = self._settings.state_dir / JOURNALS
+            remove_unused(journals, {journal_path(journals, lock.name) for lock in self._locks})
         except SandboxError as error:
             self._fail(error)
             return
@@ -186,7 +191,9 @@ class Supervisor:
         lock = LinkLock(self._settings.state_dir, found.base_url, found.api_key)
         lock.acquire()
         self._locks.append(lock)
-        unit = LinkUnit(self._loop, address, self, dict(found.tools))
+        mode = self._settings.options.journal
+        journal = Journal(journal_path(self._settings.state_dir / JOURNALS, lock.name), mode)
+        unit = LinkUnit(self._loop, address, self, dict(found.tools), lock.secret, journal)
         self._units.append(unit)
         self._open_units.append(unit)
         if self._settings.backend.as_written:
@@ -255,6 +262,14 @@ class Supervisor:
         if self.learned.note(toolkit, denial.host, denial.port, denial.reason):
             told = "\n".join(self.learned.lines(toolkit))
             log.emit(log.INFO, "egress_wanted", f"to allow it:\n{told}", toolkit=toolkit)
+
+    def call_starting(
+        self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None:
+        if isinstance(call.context, CallContext):
+            call.context.unit.starting(call.context, go, refuse)
+        else:
+            go()  # a sample call
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         context = call.context

@@ -7,6 +7,7 @@ submitted ends in one `call_finished`.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -77,6 +78,9 @@ class ToolkitListener(Protocol):
     def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None: ...
     def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None: ...
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None: ...
+    def call_starting(
+        self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None: ...
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None: ...
 
 
@@ -440,6 +444,17 @@ class ServedToolkit:
         payload = call.payload
         assert isinstance(payload, NodeCall)
         payload.call_id = secrets.token_bytes(_CALL_ID_BYTES)
+
+        def is_still_due() -> bool:
+            return self._pool.call_of(number) is call
+
+        self._listener.call_starting(
+            payload,
+            lambda: self._hand_over(number, payload) if is_still_due() else None,
+            lambda failure: self._stop(number, failure) if is_still_due() else None,
+        )
+
+    def _hand_over(self, number: int, payload: NodeCall) -> None:
         jail = self._jail_of(number)
         for placeholder, secret in payload.stands_for.items():
             # A provider that the operator named no hosts for is nowhere: what a toolkit says of its

@@ -273,6 +273,11 @@ class ServedNode:
     def connection_denied(self, toolkit: str, denial: Denial) -> None:
         self.denials.append(denial)
 
+    def call_starting(
+        self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
+    ) -> None:
+        go()
+
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         assert isinstance(call.context, Ticket)
         self._finish(call.context, outcome, printed)

@@ -48,10 +48,12 @@ class Connection:
         sock: socket.socket,
         timings: LinkTimings,
         on_message: Callable[[bytes], None],
-        on_end: Callable[[str, tuple[str, ...]], None],
+        on_read: Callable[[int], None],
+        on_end: Callable[[str], None],
     ) -> None:
+        """`on_read(count)`: the peer has read past the first `count` texts of this connection."""
         self._loop, self._socket, self._timings = loop, sock, timings
-        self._on_message, self._on_end = on_message, on_end
+        self._on_message, self._on_read, self._on_end = on_message, on_read, on_end
         sock.setblocking(False)
         self._is_tls = isinstance(sock, ssl.SSLSocket)
         self._fd = sock.fileno()
@@ -65,20 +67,24 @@ class Connection:
         self._flush_is_due = False
         self._is_blocked = False
         self._write_needs_read = self._read_needs_write = False  # TLS may want either for both
-        self._waiting: deque[str] = deque()
+        self._waiting: deque[str | bytes] = deque()
+        """Texts, and payloads of our pings in their place among them."""
         self._waiting_bytes = 0
-        self._writing: deque[tuple[int, str]] = deque()
-        """Texts in the buffer, each with the offset where its frame ends."""
+        self._texts = 0
+        """Given to `send` so far."""
         self._buffer = memoryview(b"")
         self._position = 0
         self._pongs: deque[bytes] = deque(maxlen=MAX_PONGS_WAITING)
-        self._ping_is_due = self._ping_in_buffer = False
+        self._ping: bytes | None = None
+        """Payload of the ping whose pong is awaited: the number of texts before it."""
+        self._ping_in_buffer = False
+        self._is_paused = False
         self._close_code: int | None = None
         self._progress_at = loop.now()
         self._ping_written_at: float | None = None
         self._pong_timer: Timer | None = None
         self._end_timer: Timer | None = None
-        self._ping_timer = loop.call_later(timings.first_ping_s, self._ping)
+        self._ping_timer = loop.call_later(timings.first_ping_s, self._keep_alive)
         self._watch(READ)
         # With TLS the first frames may be decrypted already; no descriptor tells of those.
         loop.call_soon(lambda: self._on_ready(READ))
@@ -91,8 +97,30 @@ class Connection:
         if not text.isascii():
             text.encode()  # UnicodeEncodeError here and not at the flush
         self._waiting.append(text)
+        self._texts += 1
         self._waiting_bytes += len(text)
         self._flush_soon()
+
+    def ping(self) -> None:
+        """Ask how far the peer has read: `on_read` follows, unless an earlier ping is still out."""
+        if self._ping is not None:
+            return
+        self._ping = b"%d" % self._texts
+        self._waiting.append(self._ping)
+        self._ping_written_at = None
+        self._progress_at = self._loop.now()
+        self._pong_timer = self._loop.call_later(
+            self._timings.pong_deadline_s, self._on_pong_deadline
+        )
+        self._flush_soon()
+
+    def pause_reading(self, is_paused: bool) -> None:
+        """Take nothing more from a peer that takes nothing from us; pongs wait too."""
+        if is_paused is not self._is_paused and self._is_open:
+            self._is_paused = is_paused
+            self._progress_at = self._loop.now()
+            self._watch(READ | WRITE if self._is_blocked else READ)
+            self._loop.call_soon(lambda: self._on_ready(READ))  # as at the beginning, for TLS
 
     def close(self, code: int) -> None:
         """Begin our close handshake: what was sent, then the close frame, then a short wait."""
@@ -107,7 +135,8 @@ class Connection:
     # --- reading
 
     def _on_ready(self, events: int) -> None:
-        if self._is_open and (events & READ or self._read_needs_write):
+        may_read = not self._is_paused and (events & READ or self._read_needs_write)
+        if self._is_open and may_read:
             self._read()
         if self._is_open and (events & WRITE or self._write_needs_read):
             self._flush()
@@ -152,7 +181,7 @@ class Connection:
                     self._pongs.append(event.data)
                     self._flush_soon()
                 case codec.Pong():
-                    self._forget_ping()
+                    self._take_pong(event.data)
                 case codec.Close():
                     self._answer_close(event)
             if not self._is_open:
@@ -192,11 +221,9 @@ class Connection:
                 written += sent
                 self._position += sent
                 self._progress_at = self._loop.now()
-                if self._position == len(self._buffer):
-                    self._writing.clear()
-                    if self._ping_in_buffer:
-                        self._ping_in_buffer = False
-                        self._ping_written_at = self._progress_at
+                if self._position == len(self._buffer) and self._ping_in_buffer:
+                    self._ping_in_buffer = False
+                    self._ping_written_at = self._progress_at
         except (BlockingIOError, ssl.SSLWantWriteError):
             pass
         except ssl.SSLWantReadError:
@@ -209,13 +236,14 @@ class Connection:
 
     def _fill(self) -> bool:
         """Encode the next frames, about a chunk of them; False if there are none."""
-        texts: list[str] = []
+        due: list[str | bytes] = []
         size = 0
         while self._waiting and size < CHUNK_BYTES and not self._is_ended:
-            texts.append(self._waiting.popleft())
-            size += len(texts[-1])
+            due.append(self._waiting.popleft())
+            if isinstance(due[-1], str):
+                size += len(due[-1])
         self._waiting_bytes -= size
-        masks = os.urandom(4 * (len(self._pongs) + len(texts) + 2))
+        masks = os.urandom(4 * (len(self._pongs) + len(due) + 1))
         frames: list[bytes] = []
 
         def mask() -> bytes:
@@ -223,14 +251,12 @@ class Connection:
 
         while self._pongs:
             frames.append(codec.encode_pong(self._pongs.popleft(), mask()))
-        if self._ping_is_due:
-            self._ping_is_due, self._ping_in_buffer = False, True
-            frames.append(codec.encode_ping(b"", mask()))
-        end = sum(map(len, frames))
-        for text in texts:
-            frames.append(codec.encode_text(text, mask()))
-            end += len(frames[-1])
-            self._writing.append((end, text))
+        for item in due:
+            if isinstance(item, str):
+                frames.append(codec.encode_text(item, mask()))
+            else:
+                frames.append(codec.encode_ping(item, mask()))
+                self._ping_in_buffer = True
         if self._close_code is not None and (self._is_ended or not self._waiting):
             frames.append(codec.encode_close(self._close_code, "", mask()))
             self._close_code = None
@@ -239,31 +265,40 @@ class Connection:
         return bool(frames)
 
     def _watch(self, events: int) -> None:
+        if self._is_paused and not self._write_needs_read:
+            events &= ~READ
         if events != self._watched:
             self._watched = events
-            self._loop.watch(self._fd, events, self._on_ready)
+            if events:
+                self._loop.watch(self._fd, events, self._on_ready)
+            else:
+                self._loop.unwatch(self._fd)
 
     # --- keeping alive
 
-    def _ping(self) -> None:
-        self._ping_timer = self._loop.call_later(self._timings.ping_interval_s, self._ping)
-        if self._pong_timer is None:
-            self._ping_is_due = True
-            self._ping_written_at = None
-            self._progress_at = self._loop.now()
-            self._pong_timer = self._loop.call_later(
-                self._timings.pong_deadline_s, self._on_pong_deadline
-            )
-            self._flush_soon()
+    def _keep_alive(self) -> None:
+        self._ping_timer = self._loop.call_later(self._timings.ping_interval_s, self._keep_alive)
+        self.ping()
+
+    def _take_pong(self, payload: bytes) -> None:
+        if payload == self._ping:
+            self._forget_ping()
+            self._on_read(int(payload))
+        elif self._ping_written_at is not None:
+            self._ping_written_at = self._loop.now()  # unasked for, but a sign of life
 
     def _forget_ping(self) -> None:
+        self._ping = None
         if self._pong_timer is not None:
             self._pong_timer.cancel()
             self._pong_timer = None
 
     def _on_pong_deadline(self) -> None:
-        # A long answer on a slow line may hold the ping back: then only a standstill counts.
-        since = self._progress_at if self._ping_written_at is None else self._ping_written_at
+        # A long answer on a slow line may hold the ping back, and we the pong: then only a
+        # standstill counts.
+        since = self._progress_at
+        if self._ping_written_at is not None and not self._is_paused:
+            since = self._ping_written_at
         deadline = since + self._timings.pong_deadline_s
         if deadline > self._loop.now():
             self._pong_timer = self._loop.call_at(deadline, self._on_pong_deadline)
@@ -310,8 +345,6 @@ class Connection:
         self._is_reported = True
         self._ping_timer.cancel()
         self._forget_ping()
-        unsent = [text for end, text in self._writing if end > self._position]
-        unsent += self._waiting
         self._waiting.clear()
         self._waiting_bytes = 0
-        self._on_end(reason, tuple(unsent))
+        self._on_end(reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from atp_sandbox import log
 from atp_sandbox.atp import websocket as codec
@@ -35,8 +35,6 @@ class Disconnected:
 
     reason: str
     retry_in_s: float | None
-    unsent: tuple[str, ...] = field(default=(), repr=False)
-    """Texts given to `send` that the kernel did not take whole, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +56,8 @@ LinkEvent = Connecting | Connected | Disconnected | Refused
 class Link:
     """The connection to one backend as one toolkit; to be used in the loop's thread only.
 
-    What is to be sent while there is no connection stays with the owner: `send` needs
-    `connected`, and `Disconnected.unsent` gives back what did not get out. Registering again
+    What is to be sent while there is no connection stays with the owner: `send` needs `connected`.
+    So does what was sent, until `on_read` tells that the peer has read past it. Registering again
     after a reconnect is nobody's task.
     """
 
@@ -70,11 +68,12 @@ class Link:
         *,
         on_message: Callable[[bytes], None],
         on_state: Callable[[LinkEvent], None],
+        on_read: Callable[[int], None] = lambda count: None,
         timings: LinkTimings | None = None,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._loop, self._address = loop, address
-        self._on_message, self._on_state = on_message, on_state
+        self._on_message, self._on_state, self._on_read = on_message, on_state, on_read
         self._timings = timings or LinkTimings()
         self._jitter = jitter
         self._handshake: Handshake | None = None
@@ -112,6 +111,16 @@ class Link:
             raise RuntimeError("the link is not connected")
         self._connection.send(text)
 
+    def ping(self) -> None:
+        """Ask how far the peer has read; `on_read` tells, by the texts of this connection."""
+        if self._connection is not None:
+            self._connection.ping()
+
+    def pause_reading(self, is_paused: bool) -> None:
+        """Take no more messages from this connection, or go on."""
+        if self._connection is not None:
+            self._connection.pause_reading(is_paused)
+
     def close(self, code: int = codec.NORMAL_CLOSURE) -> None:
         """End for good: what is queued, a close frame, at most a second's wait. Safe to repeat.
 
@@ -128,7 +137,7 @@ class Link:
             self._handshake.abandon()
             self._handshake = None
         if self._connection is None:
-            self._on_end("closed", ())
+            self._on_end("closed")
         else:
             self._connection.close(code)
 
@@ -146,13 +155,18 @@ class Link:
         if isinstance(result, Rejection):
             self._on_rejected(result)
         elif isinstance(result, str):
-            self._on_end(result, ())
+            self._on_end(result)
         else:
             self._drop_lingering()
             self._was_ever_connected = True
             self._connected_at = self._loop.now()
             self._connection = Connection(
-                self._loop, result, self._timings, self._on_message, self._on_end
+                self._loop,
+                result,
+                self._timings,
+                self._on_message,
+                self._on_read,
+                self._on_end,
             )
             url = self._address.redacted
             log.emit(log.INFO, "link_connected", "connected to the backend", url=url)
@@ -180,7 +194,7 @@ class Link:
         )
         self._on_state(Refused(rejection.status, rejection.reason, is_first, retry_in_s))
 
-    def _on_end(self, reason: str, unsent: tuple[str, ...]) -> None:
+    def _on_end(self, reason: str) -> None:
         reason = redact(reason, self._address.api_key)
         was_up = self._connection is not None
         self._lingering, self._connection = self._connection, None
@@ -198,9 +212,8 @@ class Link:
             url=self._address.redacted,
             reason=reason,
             retry_in_s=retry_in_s,
-            unsent=len(unsent),
         )
-        self._on_state(Disconnected(reason, retry_in_s, unsent))
+        self._on_state(Disconnected(reason, retry_in_s))
 
     def _drop_lingering(self) -> None:
         if self._lingering is not None:

@@ -7,19 +7,22 @@ a backend that lost a connection may ask again, and a tool with side effects mus
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass
 
 from atp_sandbox.atp.messages import ToolRequest
+from atp_sandbox.atp.outbox import MAX_OUTBOX_AGE_S, Outbox
+from atp_sandbox.atp.record import Record, Stage
 from atp_sandbox.limits import MIB
 
-MAX_RECENT_ANSWERS = 4_096
-"""Answers kept for asking again: at 100 calls a second, those of the last 40 s."""
-MAX_RECENT_BYTES = 32 * MIB
-"""Their texts together: 32 results of the default largest size."""
-MAX_RECENT_AGE_S = 600.0
+MAX_REMEMBERED = 32_768
+"""Answered requests that are known again; a hundred bytes or two each."""
+MAX_REMEMBERED_AGE_S = 600.0
 """Longer than any reasonable wait of a caller; an id seen again later is taken for a new call."""
+MAX_KEPT_ANSWERS = 4_096
+"""Confirmed answers kept for asking again: at 100 calls a second, those of the last 40 s."""
+MAX_KEPT_BYTES = 32 * MIB
+"""Their texts together."""
 _DIGEST_BYTES = 16
 """Keyed, so that nobody outside can aim at a collision."""
 
@@ -38,92 +41,119 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Resend:
-    """Asked again after its answer went out; the session has put `text` into the outbox."""
+    """Asked again after its answer went out: the session has put it into the outbox once more."""
 
-    text: str = field(repr=False)
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Asked again so late that its answer is kept no longer; it must not run all the same."""
 
 
 class Session:
-    """One link's calls and outbox. It outlives connections, but not the process.
-
-    Texts are ASCII, so that their length is their size in bytes.
-    """
+    """One link's calls and outbox. It outlives connections and, by the journal, the process."""
 
     def __init__(self, secret: bytes) -> None:
-        """`secret`: 16 random bytes."""
+        """`secret`: random bytes, at most 64, the same in every process that serves this link."""
         self._secret = secret
         self._next_key = 1
-        self._running: dict[bytes, int] = {}
-        self._identities: dict[int, bytes] = {}
-        self._recent: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
-        self._recent_bytes = 0
-        self._outbox: deque[str] = deque()
-        self._outbox_bytes = 0
+        self._running: dict[bytes, Record] = {}
+        self._by_key: dict[int, Record] = {}
+        """Those that run."""
+        self._answered: OrderedDict[bytes, Record] = OrderedDict()
+        self._kept: OrderedDict[bytes, Record] = OrderedDict()
+        """Those of the answered that are confirmed and have their text still."""
+        self._kept_bytes = 0
+        self.outbox = Outbox(self._settled)
+        self._changed: dict[int, Record] = {}
+        self._forgotten: list[int] = []
 
     @property
     def in_flight(self) -> int:
         """Calls started and not answered."""
         return len(self._running)
 
-    @property
-    def pending(self) -> int:
-        """Texts in the outbox."""
-        return len(self._outbox)
+    # -- a call's way ------------------------------------------------------------------------------
 
-    @property
-    def pending_bytes(self) -> int:
-        return self._outbox_bytes
-
-    def receive(self, request: ToolRequest, now: float) -> Start | Running | Resend:
+    def receive(self, request: ToolRequest, now: float) -> Start | Running | Resend | Forgotten:
         """Whether `request` is a new call. The same id with other content is."""
         self._forget_old(now)
         identity = self._identity(request)
         if identity in self._running:
             return Running()
-        recent = self._recent.get(identity)
-        if recent is None:
-            key = self._next_key
+        record = self._answered.get(identity)
+        if record is None:
+            record = Record(
+                self._next_key, identity, request.request_id_json, request.tool, Stage.ACCEPTED, now
+            )
             self._next_key += 1
-            self._running[identity] = key
-            self._identities[key] = identity
-            return Start(key)
-        text = recent[1]
-        if any(text is waiting for waiting in self._outbox):
+            self._running[identity] = self._by_key[record.key] = record
+            self._changed[record.key] = record
+            return Start(record.key)
+        if record.is_waiting:
             return Running()
-        self.enqueue(text)
-        return Resend(text)
+        if record.text is None:
+            return Forgotten()
+        self.outbox.add(record.text, record, now)
+        return Resend()
+
+    def started(self, key: int) -> None:
+        """The call is about to be given to a worker. KeyError if it is not in flight."""
+        record = self._by_key[key]
+        record.stage = Stage.STARTED
+        self._changed[key] = record
 
     def answered(self, key: int, text: str, now: float) -> None:
         """The call `key` ended: `text` goes to the outbox. KeyError if it is not in flight."""
-        identity = self._identities.pop(key)
-        del self._running[identity]
-        self.enqueue(text)
-        if len(text) <= MAX_RECENT_BYTES:
-            self._recent[identity] = (now, text)
-            self._recent_bytes += len(text)
-            self._forget_old(now)
+        record = self._by_key.pop(key)
+        del self._running[record.identity]
+        record.stage, record.since, record.text = Stage.ANSWERED, now, text
+        self._answered[record.identity] = record
+        self._changed[key] = record
+        self.outbox.add(text, record, now)
+        self._forget_old(now)
 
-    def enqueue(self, text: str) -> None:
+    def reject(self, text: str, now: float) -> None:
         """Put a text that answers no call of ours, such as a rejection, into the outbox."""
-        self._outbox.append(text)
-        self._outbox_bytes += len(text)
+        self.outbox.add(text, None, now)
 
-    def take(self, max_bytes: int) -> list[str]:
-        """The oldest texts, of together at most `max_bytes`; one at least, however long."""
-        taken: list[str] = []
-        left = max_bytes
-        while self._outbox and (not taken or len(self._outbox[0]) <= left):
-            text = self._outbox.popleft()
-            left -= len(text)
-            self._outbox_bytes -= len(text)
-            taken.append(text)
-        return taken
+    def confirm(self, count: int) -> None:
+        """The peer has read past the first `count` texts of this connection."""
+        self.outbox.confirm(count)
 
-    def restore(self, texts: Iterable[str]) -> None:
-        """Put texts that were taken but not written back, in order, before all others."""
-        unwritten = list(texts)
-        self._outbox.extendleft(reversed(unwritten))
-        self._outbox_bytes += sum(map(len, unwritten))
+    # -- what the journal needs --------------------------------------------------------------------
+
+    def take_changes(self) -> tuple[list[Record], list[int]]:
+        """What changed since the last time, and the keys of what was forgotten meanwhile."""
+        changed, forgotten = list(self._changed.values()), self._forgotten
+        self._changed, self._forgotten = {}, []
+        return changed, forgotten
+
+    def records(self) -> list[Record]:
+        """All that is known."""
+        return [*self._answered.values(), *self._running.values()]
+
+    def restore(self, record: Record, text: str | None, now: float) -> None:
+        """Take over what a predecessor knew; `text` is what is still to be sent for it, if any.
+
+        In the order of their keys, and before anything is received.
+        """
+        self._next_key = max(self._next_key, record.key + 1)
+        record.since = min(record.since, now)  # the clock starts anew when the machine does
+        age_s = now - record.since
+        if age_s > (MAX_REMEMBERED_AGE_S if text is None else MAX_OUTBOX_AGE_S):
+            self._forgotten.append(record.key)
+            return
+        self._answered[record.identity] = record
+        if text is None:
+            record.stage = Stage.CONFIRMED
+            return
+        if record.stage is not Stage.ANSWERED:
+            record.stage, record.since = Stage.ANSWERED, now
+            self._changed[record.key] = record
+        record.text = text
+        self.outbox.add(text, record, record.since)
+
+    # -- within ------------------------------------------------------------------------------------
 
     def _identity(self, request: ToolRequest) -> bytes:
         digest = hashlib.blake2b(key=self._secret, digest_size=_DIGEST_BYTES)
@@ -135,14 +165,30 @@ class Session:
         digest.update((request.auth_token_json or "").encode("ascii"))
         return digest.digest()
 
+    def _settled(self, record: Record) -> None:
+        """Its text is kept for whoever asks again, as long as there is room."""
+        assert record.text is not None
+        self._changed[record.key] = record
+        self._kept[record.identity] = record
+        self._kept_bytes += len(record.text)
+        while len(self._kept) > MAX_KEPT_ANSWERS or self._kept_bytes > MAX_KEPT_BYTES:
+            self._drop_text(next(iter(self._kept.values())))
+
+    def _drop_text(self, record: Record) -> None:
+        if self._kept.pop(record.identity, None) is not None:
+            assert record.text is not None
+            self._kept_bytes -= len(record.text)
+        record.text = None
+
     def _forget_old(self, now: float) -> None:
-        while self._recent:
-            answered_at, text = next(iter(self._recent.values()))
-            if (
-                now - answered_at <= MAX_RECENT_AGE_S
-                and len(self._recent) <= MAX_RECENT_ANSWERS
-                and self._recent_bytes <= MAX_RECENT_BYTES
+        while self._answered:
+            record = next(iter(self._answered.values()))
+            is_recent = now - record.since <= MAX_REMEMBERED_AGE_S
+            if record.stage is Stage.ANSWERED or (
+                is_recent and len(self._answered) <= MAX_REMEMBERED
             ):
                 return
-            self._recent.popitem(last=False)
-            self._recent_bytes -= len(text)
+            del self._answered[record.identity]
+            self._drop_text(record)
+            self._forgotten.append(record.key)
+            self._changed.pop(record.key, None)

@@ -127,12 +127,13 @@ def serve(**given: Any) -> int:
 
     Ctrl-C or SIGTERM drains: running calls finish and their answers go out. Again ends at once.
     """
-    from atp_sandbox import log
+    from atp_sandbox import crash_points, log
     from atp_sandbox.backend.embedded import EmbeddedBackend
     from atp_sandbox.state import default_state_dir
     from atp_sandbox.supervisor import Supervisor
 
     log.configure(given["log_format"])
+    crash_points.arm(os.environ)
     _raise_descriptor_limit()
     # Taken out of the environment first: no process that we start inherits it.
     key_from_environment = os.environ.pop("ATP_API_KEY", None)

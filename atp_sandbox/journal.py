@@ -1,0 +1,291 @@
+"""The journal of one link: what a successor must know of calls that were accepted before it came.
+
+accepted → started → answered → confirmed, in SQLite, written before anything is done about it: a
+worker gets its call, and the backend its answer, only after the commit. It outlives the process,
+not the machine: nothing is synced to the disk. Neither parameters nor tokens are ever in it, and an
+answer only until the backend has read past it.
+
+Owned by one link, whose lock keeps other processes away. All in the loop's thread: a commit is a
+write into the page cache, 20 µs alone and 3 µs a call in a burst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from atp_sandbox import log
+from atp_sandbox.atp.record import Record, Stage
+from atp_sandbox.atp.session import Session
+from atp_sandbox.errors import SandboxError
+from atp_sandbox.outcome import Failure, Kind
+from atp_sandbox.settings import JournalMode
+
+RETRY_S = 5.0
+"""Between two attempts to write a journal that could not be written."""
+TIDY_S = 60.0
+"""Between two moves of the log of changes into the file, which empties it."""
+MAX_UNUSED_S = 7 * 86_400.0
+"""A journal that no link has used for so long is removed: its key was replaced, or its backend."""
+_VERSION = 1
+_SUFFIX = ".journal"
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS calls (
+        key INTEGER PRIMARY KEY,
+        identity BLOB NOT NULL,
+        request_id TEXT NOT NULL,
+        tool TEXT NOT NULL,
+        stage INTEGER NOT NULL,
+        since REAL NOT NULL,
+        answer TEXT
+    )
+"""
+UNAVAILABLE = Failure(
+    Kind.UNAVAILABLE,
+    "This server's journal cannot be written, and it is set to take no calls without.",
+    retry_after_s=RETRY_S,
+)
+
+
+class JournalError(SandboxError):
+    """The journal cannot be read or written."""
+
+    is_damaged = False
+    """Whether what is in the file is no journal (any more)."""
+
+
+class JournalFile:
+    """The file. Every method may raise JournalError; after that, only `close` is of use."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            # Made here and not by SQLite, whose files have the mode of this one.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise self._error(str(error.strerror)) from None
+        with self._faults():
+            self._database = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            self._prepare()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _prepare(self) -> None:
+        with self._faults():
+            run = self._database.execute
+            # One process alone has it open: no shared memory, and nobody can lock us out later.
+            run("PRAGMA locking_mode = EXCLUSIVE")
+            run("PRAGMA journal_mode = WAL")
+            run("PRAGMA synchronous = OFF")
+            run("PRAGMA secure_delete = ON")
+            run("PRAGMA journal_size_limit = 4194304")
+            (version,) = run("PRAGMA user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise self._error(f"it was written by another version ({version})")
+            run("BEGIN IMMEDIATE")
+            run(_SCHEMA)
+            run(f"PRAGMA user_version = {_VERSION}")
+            run("COMMIT")
+
+    def load(self) -> list[Record]:
+        """What was known at the last commit, in order of arrival."""
+        records = []
+        with self._faults():
+            for row in self._database.execute("SELECT * FROM calls ORDER BY key"):
+                key, identity, request_id, tool, stage, since, answer = row
+                records.append(Record(key, identity, request_id, tool, Stage(stage), since, answer))
+        return records
+
+    def write(
+        self, changed: Iterable[Record], forgotten: Iterable[int], *, anew: bool = False
+    ) -> None:
+        """All of it or nothing; `anew`: in place of what is there."""
+        rows = [_row(record) for record in changed]
+        keys = [(key,) for key in forgotten]
+        with self._faults():
+            self._database.execute("BEGIN")
+            try:
+                if anew:
+                    self._database.execute("DELETE FROM calls")
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?, ?)", rows
+                )
+                self._database.executemany("DELETE FROM calls WHERE key = ?", keys)
+                self._database.execute("COMMIT")
+            except sqlite3.Error:
+                # A full disk has rolled back already; whatever else failed did not.
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.execute("ROLLBACK")
+                raise
+
+    def tidy(self) -> None:
+        """Move the log of changes into the file and empty it: answers that were deleted go too."""
+        with self._faults():
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._database.close()
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, ValueError) as error:  # ValueError: a stage that there is not
+            fault = self._error(str(error))
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            fault.is_damaged = code in _DAMAGED or isinstance(error, ValueError)
+            raise fault from None
+
+    def _error(self, cause: str) -> JournalError:
+        return JournalError(
+            f"The journal {self._path} cannot be used.",
+            cause=cause,
+            tip="Mend what is wrong there, move the file away, or do without: --journal off.",
+        )
+
+
+def _row(record: Record) -> tuple[object, ...]:
+    answer = record.text if record.stage is Stage.ANSWERED else None
+    tool = record.tool.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no text
+    return (
+        record.key,
+        record.identity,
+        record.request_id_json,
+        tool,
+        int(record.stage),
+        record.since,
+        answer,
+    )
+
+
+class Journal:
+    """What a link writes down, and what happens when that cannot be done."""
+
+    def __init__(self, path: Path | None, mode: JournalMode) -> None:
+        """JournalError if it is required and cannot be used; without a path there is none."""
+        self._path = path
+        self._mode = JournalMode.OFF if path is None else mode
+        self._file: JournalFile | None = None
+        self._is_behind = False
+        """Whether what is in the file is older than what is known."""
+        self._is_foreign = False
+        """Whether the file holds what nobody could read: it is left alone."""
+        self._retry_at = 0.0
+        self._tidy_at = 0.0
+        self._is_tidy = True
+
+    @property
+    def refusal(self) -> Failure | None:
+        """What a new call is answered while the journal is required and cannot be written."""
+        is_missing = self._file is None or self._is_behind
+        return UNAVAILABLE if self._mode is JournalMode.REQUIRED and is_missing else None
+
+    def open(self) -> list[Record]:
+        """What a predecessor left, in order of arrival."""
+        if self._mode is JournalMode.OFF or self._path is None:
+            return []
+        try:
+            self._file = JournalFile(self._path)
+            return self._file.load()
+        except JournalError as error:
+            self._drop_file()
+            if self._mode is JournalMode.REQUIRED:
+                raise
+            if error.is_damaged:
+                self._set_aside(error)
+                self._is_behind = True  # a new one is written with the first change
+            else:
+                self._is_foreign = True
+                self._report(error, "serving without a journal until the next start")
+            return []
+
+    def commit(self, session: Session, now: float) -> bool:
+        """Write what changed; False if calls must not start since it cannot be written."""
+        changed, forgotten = session.take_changes()
+        if self._mode is JournalMode.OFF or self._is_foreign:
+            return True
+        if not self._is_behind and not changed and not forgotten:
+            return True
+        if self._is_behind and now < self._retry_at:
+            return self._mode is not JournalMode.REQUIRED
+        assert self._path is not None
+        try:
+            if self._file is None:
+                self._file = JournalFile(self._path)
+            if self._is_behind:
+                self._file.write(session.records(), (), anew=True)
+                self._is_behind = False
+                log.emit(log.INFO, "journal_restored", "the journal is written again")
+            else:
+                self._file.write(changed, forgotten)
+        except JournalError as error:
+            self._drop_file()
+            if error.is_damaged:
+                self._set_aside(error)
+            elif not self._is_behind:
+                self._report(error, "serving on; what is due would be lost with this process")
+            self._is_behind, self._retry_at = True, now + RETRY_S
+            return self._mode is not JournalMode.REQUIRED
+        self._is_tidy = False
+        return True
+
+    def tidy(self, now: float) -> None:
+        """Now and then: leave nothing in the log of changes."""
+        if self._file is None or self._is_tidy or now < self._tidy_at:
+            return
+        self._tidy_at, self._is_tidy = now + TIDY_S, True
+        with contextlib.suppress(JournalError):  # the next commit says so
+            self._file.tidy()
+
+    def close(self) -> None:
+        """Safe to call again."""
+        if self._file is not None:
+            with contextlib.suppress(JournalError):
+                self._file.tidy()
+        self._drop_file()
+
+    def _drop_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _set_aside(self, error: JournalError) -> None:
+        """Out of the way, for whoever wants to look at it; one at most."""
+        assert self._path is not None
+        aside = self._path.with_suffix(".damaged")
+        with contextlib.suppress(OSError):
+            self._path.replace(aside)
+            Path(f"{self._path}-wal").unlink(missing_ok=True)
+        self._report(error, f"what was in it is not known any more; it is now {aside.name}")
+
+    def _report(self, error: JournalError, meaning: str) -> None:
+        log.emit(
+            log.ERROR,
+            "journal_failed",
+            meaning,
+            journal=str(self._path),
+            cause=error.cause,
+            tip=error.tip,
+        )
+
+
+def journal_path(directory: Path, link: str) -> Path:
+    """Of the link whose lock is called `link`."""
+    return directory / f"{link}{_SUFFIX}"
+
+
+def remove_unused(directory: Path, in_use: set[Path]) -> None:
+    """Remove journals that no link has used for long."""
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError):
+            is_ours = any(path.name.startswith(used.name) for used in in_use)
+            if not is_ours and time.time() - path.stat().st_mtime > MAX_UNUSED_S:
+                path.unlink()
