@@ -32,10 +32,11 @@ from pathlib import Path
 
 import psutil
 
+from atp_sandbox.journal import RETRY_S
 from benchmarks import machine
 from benchmarks.history import History
 from benchmarks.load import MIX, PUBLISHED_SDK_MIX, SAMPLE_KEY, Counter, Load, write_toolkit
-from benchmarks.schedule import CONNECTION_FAULTS, Kind, Planned, schedule
+from benchmarks.schedule import CONNECTION_FAULTS, DEATHS, Kind, Planned, schedule
 from benchmarks.system import ROOT, System, configuration, sandbox_command
 from benchmarks.wire import Backend
 
@@ -51,6 +52,9 @@ UNNOTICED = 0.15
 """Of silences, the part that the supervisor has to notice by itself."""
 NOTICE_S = 20.0
 GONE_S = 10.0
+JOURNAL_S = RETRY_S + 1.0
+"""From a disk that has room again to a journal that knows everything again."""
+MAX_STORIES = 12
 PROGRESS_S = 10.0
 RECEIVE_BUFFER_BYTES = 64 * 1024
 DISK_MEGABYTES = 32
@@ -80,6 +84,8 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     by_kind: dict[str, int] = field(default_factory=dict)
+    stories: list[list[str]] = field(default_factory=list)
+    """Of the first requests that faults were found with."""
     log: list[str] = field(default_factory=list)
 
 
@@ -116,17 +122,26 @@ class FaultRun:
         self._counter = Counter(self._history, (SAMPLE_KEY,))
         self._backend = Backend(self._load)
         self._made: Tally[str] = Tally()
+        self._timeline: list[tuple[float, str]] = []
+        """Faults and links, each with its moment."""
         self._problems: list[str] = []
         self._kills = 0
         self._began = time.monotonic()
         self._disk: machine.SmallDisk | None = None
         self._group: machine.ProcessGroup | None = None
+        self._disk_full_at = -JOURNAL_S
         self._clock: mmap.mmap | None = None
         self._cleanup = contextlib.ExitStack()
         self._seed = seed
         self._report = Report(seed, PUBLISHED_SDK if self._is_sdk else "atp_sandbox")
 
     async def run(self, reconnects: int, kills: int) -> Report:
+        def note(_loop: object, context: dict[str, object]) -> None:
+            self._problems.append(
+                f"in the backend: {context.get('exception', context['message'])!r}"
+            )
+
+        asyncio.get_running_loop().set_exception_handler(note)
         with self._cleanup:
             await self._prepare()
             plan = schedule(
@@ -135,7 +150,7 @@ class FaultRun:
             load = asyncio.create_task(self._load.run())
             told = asyncio.create_task(self._tell(len(plan)))
             try:
-                self._system.start()
+                self._start()
                 await self._linked()
                 for planned in plan:
                     if time.monotonic() - self._began > self._seconds:
@@ -146,8 +161,10 @@ class FaultRun:
             except Stuck as error:
                 self._problems.append(f"stuck: {error}")
             finally:
-                load.cancel()
                 told.cancel()
+                if load.done():
+                    load.result()  # raises
+                load.cancel()
             return self._finish()
 
     # -- before and after --------------------------------------------------------------------------
@@ -256,8 +273,17 @@ class FaultRun:
         report.by_kind = dict(Tally(str(fault.kind) for fault in found).most_common())
         report.faults = [*self._problems, *map(str, found)]
         if report.faults:
+            report.stories = [self._story(f.request_id) for f in found[:MAX_STORIES]]
             report.log = self._system.last_lines(40)
         return report
+
+    def _story(self, request_id: str) -> list[str]:
+        """One request's, with the faults and starts that fell into it."""
+        told = self._history.story(request_id)
+        if told:
+            begin, end = told[0][0], told[-1][0]
+            told = sorted([*told, *(row for row in self._timeline if begin <= row[0] <= end)])
+        return [request_id, *(f"{at - self._began:.3f} {what}" for at, what in told)]
 
     async def _tell(self, planned: int) -> None:
         while True:
@@ -275,8 +301,13 @@ class FaultRun:
 
     async def _make(self, planned: Planned) -> None:
         await self._linked()
-        await asyncio.sleep(planned.gap_s)
+        gap_s = planned.gap_s
+        if planned.kind in DEATHS:
+            # What cannot be written down is lost with the process, and its log says so.
+            gap_s = max(gap_s, self._disk_full_at + JOURNAL_S - time.monotonic())
+        await asyncio.sleep(gap_s)
         self._made[str(planned.kind)] += 1
+        self._timeline.append((time.monotonic(), f"-- {planned} --"))
         match planned.kind:
             case Kind.KILL_PROCESS:
                 self._signal_one(planned, signal.SIGKILL)
@@ -295,14 +326,15 @@ class FaultRun:
         match planned.kind:
             case Kind.KILL_SUPERVISOR:
                 self._kill()
-                self._system.start()
+                self._start()
             case Kind.CRASH_POINT:
                 await self._crash_at(planned)
             case Kind.DRAIN:
+                self._history.drained(time.monotonic())
                 self._system.signal(signal.SIGTERM)
                 self._note_status("after a drain", await self._system.wait(DRAIN_S))
                 self._system.kill()
-                self._system.start()
+                self._start()
             case Kind.STOP_SUPERVISOR:
                 self._system.signal(signal.SIGSTOP)
                 await asyncio.sleep(planned.seconds)
@@ -318,6 +350,7 @@ class FaultRun:
                 self._disk.fill()
                 await asyncio.sleep(planned.seconds)
                 self._disk.empty()
+                self._disk_full_at = time.monotonic()
             case _:
                 await self._break_link(planned)
 
@@ -366,15 +399,20 @@ class FaultRun:
 
     async def _crash_at(self, planned: Planned) -> None:
         self._kill()
-        self._system.start(ATP_SANDBOX_CRASH_AT=f"{planned.point}:{planned.count}")
+        self._start(ATP_SANDBOX_CRASH_AT=f"{planned.point}:{planned.count}")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._backend.connected.wait(), LINK_S)
         if await self._system.wait(CRASH_POINT_S) is not None:
             self._report.died_at_points += 1
         self._kill()
-        self._system.start()
+        self._start()
+
+    def _start(self, **environment: str) -> None:
+        self._timeline.append((time.monotonic(), "-- start --"))
+        self._system.start(**environment)
 
     def _kill(self) -> None:
+        self._timeline.append((time.monotonic(), "-- killed --"))
         # Before it, so that no answer of the last moment is taken for one from before the death.
         self._history.died(time.monotonic())
         self._kills += 1

@@ -20,8 +20,12 @@ from enum import StrEnum
 
 OK = "ok"
 INTERRUPTED = "interrupted"
+"""It may have been executed."""
+NOT_STARTED = "interrupted, not started"
+GONE = "interrupted, answered before"
+"""To whoever asks again for what he got already: its text is kept only until he has read it."""
 INTERNAL_ERROR = "internal_error"
-REFUSED = frozenset({"unknown_tool", "invalid_params", "auth_required", "overloaded"})
+REFUSED = frozenset({"unknown_tool", "invalid_params", "auth_required", "overloaded", NOT_STARTED})
 """Kinds that say: the tool was not run."""
 
 
@@ -36,6 +40,7 @@ class FaultKind(StrEnum):
     STRANGER = "execution of what nobody asked"
     LATE = "answered late"
     INTERRUPTED = "interrupted though nothing ended"
+    GONE = "said to have been answered, but it was not"
     INTERNAL = "internal error"
 
 
@@ -71,14 +76,22 @@ class _Answer:
     content: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Send:
+    at: float
+    connection: int
+    content: str
+
+
 @dataclass(slots=True)
 class _Request:
     """All that goes by one id: usually one content."""
 
     contents: dict[str, Content] = field(default_factory=dict)
     answers: list[_Answer] = field(default_factory=list)
-    sends: list[tuple[int, str]] = field(default_factory=list)
-    """Connection and content, in order."""
+    gone: list[_Answer] = field(default_factory=list)
+    """Those of kind GONE, which are no answers of their own."""
+    sends: list[_Send] = field(default_factory=list)
 
     def named(self, key: str) -> list[_Answer]:
         """Answers that are surely to this content."""
@@ -109,6 +122,7 @@ class History:
         self._unasked: list[_Answer] = []
         self._unasked_ids: list[str] = []
         self._deaths: list[float] = []
+        self._ends: list[float] = []
         self._disturbances: list[tuple[float, float]] = []
 
     # -- what happens ------------------------------------------------------------------------------
@@ -130,7 +144,7 @@ class History:
         if known is None:
             known = Content(content, request_id, counts, at)
             request.contents[content] = self._contents[content] = known
-        request.sends.append((connection, content))
+        request.sends.append(_Send(at, connection, content))
         self._unconfirmed.setdefault(connection, {})[number] = known
         self._note(request_id, request)
 
@@ -160,7 +174,7 @@ class History:
             self._unasked.append(answer)
             self._unasked_ids.append(request_id)
             return
-        request.answers.append(answer)
+        (request.gone if kind == GONE else request.answers).append(answer)
         self._note(request_id, request)
 
     def executed(self, at: float, content: str) -> None:
@@ -174,6 +188,11 @@ class History:
     def died(self, at: float) -> None:
         """The system under test was killed, so that calls may be interrupted."""
         self._deaths.append(at)
+        self._ends.append(at)
+
+    def drained(self, at: float) -> None:
+        """It was asked to end: what was accepted is still answered, but then it forgets texts."""
+        self._ends.append(at)
 
     def disturbed(self, begin: float, end: float) -> None:
         """From `begin` to `end` no answer could be expected; of no two do they overlap."""
@@ -230,6 +249,23 @@ class History:
             found += self._faults_of(name, request)
         return found
 
+    def story(self, request_id: str) -> list[tuple[float, str]]:
+        """What happened by one id, in order; empty for an unknown one."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        told = [(s.at, f"{s.content} sent on connection {s.connection}") for s in request.sends]
+        told += [
+            (answer.at, f"{answer.kind} ({answer.digest[:4]}) on connection {answer.connection}")
+            for answer in (*request.answers, *request.gone)
+        ]
+        told += [
+            (at, f"{content.key} executed")
+            for content in request.contents.values()
+            for at in content.executions
+        ]
+        return sorted(told)
+
     def _note(self, name: str, request: _Request) -> None:
         if request.unanswered():
             self._open[name] = None
@@ -248,9 +284,18 @@ class History:
         for content in request.contents.values():
             yield from self._faults_of_content(name, content, request.named(content.key))
         first_sent_at = min(content.first_sent_at for content in request.contents.values())
-        cut_short = [a.at for a in request.answers if a.kind == INTERRUPTED]
+        cut_short = [a.at for a in request.answers if a.kind in (INTERRUPTED, NOT_STARTED)]
         if cut_short and not any(first_sent_at <= at <= min(cut_short) for at in self._deaths):
             yield Fault(FaultKind.INTERRUPTED, name, "no death between request and answer")
+        for told in request.gone:
+            if not self._may_be_gone(request, told):
+                yield Fault(FaultKind.GONE, name, f"on connection {told.connection}")
+
+    def _may_be_gone(self, request: _Request, told: _Answer) -> bool:
+        """Answered, then the end of that process, then asked again, then told so."""
+        answered_at = min((answer.at for answer in request.answers), default=told.at)
+        asked_again = [sent.at for sent in request.sends if sent.at <= told.at]
+        return any(answered_at <= end <= sent for end in self._ends for sent in asked_again)
 
     def _faults_of_content(
         self, name: str, content: Content, answers: list[_Answer]
@@ -292,8 +337,8 @@ def _copied(name: str, request: _Request) -> Iterator[Fault]:
     """One copy for each time that it was asked on a connection, and one for each call of before."""
     got = Counter(answer.connection for answer in request.answers)
     for connection, copies in got.items():
-        asked_here = sum(where == connection for where, _ in request.sends)
-        before = {key for where, key in request.sends if where < connection}
+        asked_here = sum(sent.connection == connection for sent in request.sends)
+        before = {sent.content for sent in request.sends if sent.connection < connection}
         if copies > asked_here + len(before):
             text = f"{copies} on connection {connection}, asked {asked_here} times there"
             yield Fault(FaultKind.COPIES, name, text)

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.history import OK, History
+from atp_sandbox.link_unit import ANSWER_GONE
+from benchmarks.history import GONE, INTERRUPTED, NOT_STARTED, OK, History
 from benchmarks.wire import Link, request_text
 
 TOOLKIT = '''
@@ -98,6 +99,8 @@ GIVEN_UP_S = 10.0
 MAX_UNSENT_BYTES = 1 << 20
 TICK_S = 0.05
 DECLINED = ("unavailable", "overloaded")
+DECLINED_S = 0.3
+"""Without new calls for whoever says that he takes none."""
 _KEY = re.compile(r'"(c\d+[ab])"')
 
 
@@ -143,6 +146,7 @@ class Load:
         self._answered: deque[_Call] = deque(maxlen=200)
         self._count = 0
         self._link: Link | None = None
+        self._pause_until = 0.0
         self.is_over = False
         """No new calls any more; what is open is still asked for."""
 
@@ -195,8 +199,9 @@ class Load:
             self._answered.append(call)
             if self._random.random() < P_AGAIN_AFTER_ANSWER:
                 self._send(call)
-        if _kind(result) not in DECLINED:  # whoever says that he has no time is not pressed
-            self._top_up()
+        if _kind(result) in DECLINED:
+            self._pause_until = time.monotonic() + DECLINED_S
+        self._top_up()
 
     # -- what goes out -----------------------------------------------------------------------------
 
@@ -205,13 +210,15 @@ class Load:
         waiting = sum(
             now - content.first_sent_at < GIVEN_UP_S for content in self._history.unanswered()
         )
-        while not self.is_over and waiting < self._concurrency and self._can_send():
+        if self.is_over or now < self._pause_until:
+            return
+        while waiting < self._concurrency and self._can_send():
             waiting += 1
             self._begin()
 
     def _can_send(self) -> bool:
         link = self._link
-        return link is not None and link.is_open and link.unsent_bytes < MAX_UNSENT_BYTES
+        return link is not None and link.can_send and link.unsent_bytes < MAX_UNSENT_BYTES
 
     def _begin(self) -> None:
         number = self._next()
@@ -257,9 +264,14 @@ class Load:
 
 
 def _kind(result: object) -> str:
-    if isinstance(result, dict) and "error" in result:
-        return str(result.get("error_type", "error"))
-    return OK
+    if not isinstance(result, dict) or "error" not in result:
+        return OK
+    kind = str(result.get("error_type", "error"))
+    if kind != INTERRUPTED:
+        return kind
+    if result["error"] == ANSWER_GONE.error:
+        return GONE
+    return NOT_STARTED if result["retryable"] else INTERRUPTED
 
 
 class Counter:

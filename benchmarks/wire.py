@@ -36,6 +36,10 @@ class Link:
         self.is_open = True
 
     @property
+    def can_send(self) -> bool:
+        return self.is_open and self._protocol.state is State.OPEN
+
+    @property
     def unsent_bytes(self) -> int:
         return self._writer.transport.get_write_buffer_size()
 
@@ -49,13 +53,15 @@ class Link:
 
     def send_half(self, data: bytes) -> None:
         """The first half of a text message, after which nothing else makes sense."""
+        if not self.can_send:
+            return
         self._protocol.send_text(data)
         whole = b"".join(self._protocol.data_to_send())
         self._writer.write(whole[: len(whole) // 2])
 
     def close(self, code: int) -> None:
         """Begin the close handshake."""
-        if self._protocol.state is State.OPEN:
+        if self.can_send:
             self._protocol.send_close(code, "on purpose")
             self.flush()
 
