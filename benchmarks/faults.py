@@ -84,6 +84,8 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     by_kind: dict[str, int] = field(default_factory=dict)
+    last: list[str] = field(default_factory=list)
+    """Faults that were made last."""
     stories: list[list[str]] = field(default_factory=list)
     """Of the first requests that faults were found with."""
     log: list[str] = field(default_factory=list)
@@ -273,6 +275,7 @@ class FaultRun:
         report.by_kind = dict(Tally(str(fault.kind) for fault in found).most_common())
         report.faults = [*self._problems, *map(str, found)]
         if report.faults:
+            report.last = [f"{at - self._began:.3f} {what}" for at, what in self._timeline[-20:]]
             report.stories = [self._story(f.request_id) for f in found[:MAX_STORIES]]
             report.log = self._system.last_lines(40)
         return report
@@ -409,6 +412,7 @@ class FaultRun:
 
     def _start(self, **environment: str) -> None:
         self._timeline.append((time.monotonic(), "-- start --"))
+        self._backend.forget_link()
         self._system.start(**environment)
 
     def _kill(self) -> None:

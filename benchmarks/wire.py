@@ -132,6 +132,11 @@ class Backend:
         self._server = await asyncio.start_server(self._handle, sock=listener, limit=MAX_HEAD_BYTES)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
+    def forget_link(self) -> None:
+        """Whoever opened it has ended; what he wrote before is still received."""
+        if self.link is not None:
+            self._leave(self.link)
+
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
