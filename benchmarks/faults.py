@@ -35,7 +35,7 @@ import psutil
 from atp_sandbox.journal import RETRY_S
 from benchmarks import machine
 from benchmarks.history import History
-from benchmarks.load import MIX, PUBLISHED_SDK_MIX, SAMPLE_KEY, Counter, Load, write_toolkit
+from benchmarks.load import MIX, PUBLISHED_SDK_MIX, Counter, Load, write_toolkit
 from benchmarks.schedule import CONNECTION_FAULTS, DEATHS, Kind, Planned, schedule
 from benchmarks.system import ROOT, System, configuration, sandbox_command
 from benchmarks.wire import Backend
@@ -117,11 +117,12 @@ class FaultRun:
         self._load = Load(
             self._history,
             seed=seed,
-            concurrency=3 if self._is_sdk else 12,
+            concurrency=6 if self._is_sdk else 12,
             prefixes={"call_": 1} if self._is_sdk else PREFIXES,
             mix=PUBLISHED_SDK_MIX if self._is_sdk else MIX,
+            patience=1.0 if self._is_sdk else 0.5,
         )
-        self._counter = Counter(self._history, (SAMPLE_KEY,))
+        self._counter = Counter(self._history)
         self._backend = Backend(self._load)
         self._made: Tally[str] = Tally()
         self._timeline: list[tuple[float, str]] = []
