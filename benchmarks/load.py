@@ -191,7 +191,7 @@ class Load:
             link.number,
             json.dumps(answer["request_id"]),
             digest,
-            _kind(result),
+            kind_of(result),
             None if key is None else key[1],
         )
         if key is not None and key[1] in self._calls:
@@ -199,7 +199,7 @@ class Load:
             self._answered.append(call)
             if self._random.random() < P_AGAIN_AFTER_ANSWER:
                 self._send(call)
-        if _kind(result) in DECLINED:
+        if kind_of(result) in DECLINED:
             self._pause_until = time.monotonic() + DECLINED_S
         self._top_up()
 
@@ -263,7 +263,8 @@ class Load:
         link.send_ping(b"%d" % number)
 
 
-def _kind(result: object) -> str:
+def kind_of(result: object) -> str:
+    """What an answer's result says of its call, in the words of `benchmarks.history`."""
     if not isinstance(result, dict) or "error" not in result:
         return OK
     kind = str(result.get("error_type", "error"))
