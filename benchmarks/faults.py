@@ -34,7 +34,7 @@ import psutil
 
 from atp_sandbox.journal import RETRY_S
 from benchmarks import machine
-from benchmarks.history import History
+from benchmarks.history import Fault, FaultKind, History
 from benchmarks.load import MIX, PUBLISHED_SDK_MIX, Counter, Load, write_toolkit
 from benchmarks.schedule import CONNECTION_FAULTS, DEATHS, Kind, Planned, schedule
 from benchmarks.system import ROOT, System, configuration, sandbox_command
@@ -54,7 +54,7 @@ NOTICE_S = 20.0
 GONE_S = 10.0
 JOURNAL_S = RETRY_S + 1.0
 """From a disk that has room again to a journal that knows everything again."""
-MAX_STORIES = 12
+STORIES_PER_KIND = 3
 PROGRESS_S = 10.0
 RECEIVE_BUFFER_BYTES = 64 * 1024
 DISK_MEGABYTES = 32
@@ -277,7 +277,7 @@ class FaultRun:
         report.faults = [*self._problems, *map(str, found)]
         if report.faults:
             report.last = [f"{at - self._began:.3f} {what}" for at, what in self._timeline[-20:]]
-            report.stories = [self._story(f.request_id) for f in found[:MAX_STORIES]]
+            report.stories = [self._story(name) for name in _first_of_each(found)]
             report.log = self._system.last_lines(40)
         return report
 
@@ -334,7 +334,6 @@ class FaultRun:
             case Kind.CRASH_POINT:
                 await self._crash_at(planned)
             case Kind.DRAIN:
-                self._history.drained(time.monotonic())
                 self._system.signal(signal.SIGTERM)
                 self._note_status("after a drain", await self._system.wait(DRAIN_S))
                 self._system.kill()
@@ -414,6 +413,7 @@ class FaultRun:
     def _start(self, **environment: str) -> None:
         self._timeline.append((time.monotonic(), "-- start --"))
         self._backend.forget_link()
+        self._load.is_restarted = True
         self._system.start(**environment)
 
     def _kill(self) -> None:
@@ -470,6 +470,15 @@ class FaultRun:
             if link is None or link.number != number:
                 return
             await asyncio.sleep(0.005)
+
+
+def _first_of_each(faults: list[Fault]) -> list[str]:
+    """Ids of a few requests with each kind of fault."""
+    found: dict[str, None] = {}
+    for kind in FaultKind:
+        names = [fault.request_id for fault in faults if fault.kind is kind]
+        found |= dict.fromkeys(names[:STORIES_PER_KIND])
+    return list(found)
 
 
 def _continue(pid: int | None) -> None:

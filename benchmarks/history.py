@@ -122,7 +122,7 @@ class History:
         self._unasked: list[_Answer] = []
         self._unasked_ids: list[str] = []
         self._deaths: list[float] = []
-        self._ends: list[float] = []
+        self._restarts: list[float] = []
         self._disturbances: list[tuple[float, float]] = []
 
     # -- what happens ------------------------------------------------------------------------------
@@ -188,11 +188,10 @@ class History:
     def died(self, at: float) -> None:
         """The system under test was killed, so that calls may be interrupted."""
         self._deaths.append(at)
-        self._ends.append(at)
 
-    def drained(self, at: float) -> None:
-        """It was asked to end: what was accepted is still answered, but then it forgets texts."""
-        self._ends.append(at)
+    def restarted(self, at: float) -> None:
+        """A successor is there, which knows of what was answered and read, but not the texts."""
+        self._restarts.append(at)
 
     def disturbed(self, begin: float, end: float) -> None:
         """From `begin` to `end` no answer could be expected; of no two do they overlap."""
@@ -292,10 +291,10 @@ class History:
                 yield Fault(FaultKind.GONE, name, f"on connection {told.connection}")
 
     def _may_be_gone(self, request: _Request, told: _Answer) -> bool:
-        """Answered, then the end of that process, then asked again, then told so."""
+        """Answered, then another process, then asked again, then told so."""
         answered_at = min((answer.at for answer in request.answers), default=told.at)
         asked_again = [sent.at for sent in request.sends if sent.at <= told.at]
-        return any(answered_at <= end <= sent for end in self._ends for sent in asked_again)
+        return any(answered_at <= start <= sent for start in self._restarts for sent in asked_again)
 
     def _faults_of_content(
         self, name: str, content: Content, answers: list[_Answer]

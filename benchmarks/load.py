@@ -147,6 +147,8 @@ class Load:
         self._count = 0
         self._link: Link | None = None
         self._pause_until = 0.0
+        self.is_restarted = False
+        """Whether the next link is a new process's."""
         self.is_over = False
         """No new calls any more; what is open is still asked for."""
 
@@ -164,6 +166,9 @@ class Load:
 
     def link_opened(self, link: Link) -> None:
         self._link = link
+        if self.is_restarted:
+            self.is_restarted = False
+            self._history.restarted(time.monotonic())
         for content in self._history.unanswered():
             call = self._calls[content.key]
             if not (content.is_sure and call.is_patient):

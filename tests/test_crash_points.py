@@ -189,6 +189,7 @@ def test_successor_gives_the_one_answer_wherever_the_supervisor_died(
         stage.history.died(time.monotonic())
     with stage.serve() as serve:
         link = stage.accept()
+        stage.history.restarted(time.monotonic())
         for content in stage.history.unanswered():
             stage.ask(content.key, stage.calls[content.key][0], link)
         wait_until(lambda: stage.is_answered(*stage.calls), "an answer to each request")

@@ -124,7 +124,7 @@ def test_what_was_answered_before_may_be_gone_after_a_new_start(told: Told) -> N
     told.ask("c")
     told.run("c")
     told.answer()
-    told.drained(told._tick())
+    told.restarted(told._tick())
     told.ask("c", 2)
     told.answer(2, text="before", kind=GONE)
     told.answer(3, text="before", kind=GONE)
@@ -240,7 +240,7 @@ def test_answer_after_the_time_limit_is_late(told: Told) -> None:
 def test_interruption_without_a_death_is_a_fault(told: Told) -> None:
     told.die()
     told.ask("c")
-    told.drained(told._tick())
+    told.restarted(told._tick())
     told.answer(kind=INTERRUPTED)
     told.die()
     assert told.found() == [FaultKind.INTERRUPTED]
@@ -252,19 +252,19 @@ def test_internal_error_is_a_fault(told: Told) -> None:
     assert told.found() == [FaultKind.INTERNAL]
 
 
-@pytest.mark.parametrize("missing", ["answer", "end", "question"])
+@pytest.mark.parametrize("missing", ["answer", "restart", "question"])
 def test_answer_is_gone_only_if_it_was_there(told: Told, missing: str) -> None:
     told.ask("c")
     told.run("c")
     if missing != "answer":
         told.answer()
-    if missing != "end":
-        told.die()
+    if missing != "restart":
+        told.restarted(told._tick())
     if missing != "question":
         told.ask("c", 2)
     told.answer(2, text="before", kind=GONE)
     if missing == "answer":
-        told.answer(3)  # too late to have been before
+        told.answer(3)  # not before
     assert told.found() == [FaultKind.GONE]
 
 
