@@ -24,6 +24,7 @@ from atp_sandbox.atp.session import Session
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.outcome import Failure, Kind
 from atp_sandbox.settings import JournalMode
+from atp_sandbox.state import JOURNALS, is_link_served
 
 RETRY_S = 5.0
 """Between two attempts to write a journal that could not be written."""
@@ -35,7 +36,7 @@ _VERSION = 1
 _SUFFIX = ".journal"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
-    CREATE TABLE IF NOT EXISTS calls (
+    CREATE TABLE calls (
         key INTEGER PRIMARY KEY,
         identity BLOB NOT NULL,
         request_id TEXT NOT NULL,
@@ -89,10 +90,11 @@ class JournalFile:
             (version,) = run("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
                 raise self._error(f"it was written by another version ({version})")
-            run("BEGIN IMMEDIATE")
-            run(_SCHEMA)
-            run(f"PRAGMA user_version = {_VERSION}")
-            run("COMMIT")
+            if version != _VERSION:
+                run("BEGIN IMMEDIATE")
+                run(_SCHEMA)
+                run(f"PRAGMA user_version = {_VERSION}")
+                run("COMMIT")
 
     def load(self) -> list[Record]:
         """What was known at the last commit, in order of arrival."""
@@ -277,15 +279,16 @@ class Journal:
         )
 
 
-def journal_path(directory: Path, link: str) -> Path:
+def journal_path(state_dir: Path, link: str) -> Path:
     """Of the link whose lock is called `link`."""
-    return directory / f"{link}{_SUFFIX}"
+    return state_dir / JOURNALS / f"{link}{_SUFFIX}"
 
 
-def remove_unused(directory: Path, in_use: set[Path]) -> None:
-    """Remove journals that no link has used for long."""
-    for path in directory.iterdir():
+def remove_unused(state_dir: Path) -> None:
+    """Remove journals that no link has used for long, and what was set aside of them."""
+    for path in (state_dir / JOURNALS).iterdir():
         with contextlib.suppress(OSError):
-            is_ours = any(path.name.startswith(used.name) for used in in_use)
-            if not is_ours and time.time() - path.stat().st_mtime > MAX_UNUSED_S:
+            is_old = time.time() - path.stat().st_mtime > MAX_UNUSED_S
+            # Whoever serves that link has its lock; a journal without changes grows old in use.
+            if is_old and not is_link_served(state_dir, path.name.partition(".")[0]):
                 path.unlink()

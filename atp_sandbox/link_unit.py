@@ -46,7 +46,7 @@ LINK_TIMINGS = LinkTimings()
 MAX_UNSENT_BYTES = 4 * MIB
 """Answers handed to the connection and not yet taken by the kernel; others wait in the outbox."""
 MAX_WAITING_BYTES = 8 * MIB
-"""Answers that wait beyond these: while the backend takes no more, we take no more requests."""
+"""While more answers wait than this, the backend takes none: no request is taken, no call begun."""
 _RETRY_FLUSH_S = 0.02
 _UPKEEP_S = 5.0
 """Between two looks at what only time changes."""
@@ -238,6 +238,13 @@ class LinkUnit:
                 self._end_turn_soon()
                 return
             case Forgotten():
+                log.emit(
+                    log.WARNING,
+                    "request_repeated",
+                    "asked again: its answer is kept no longer",
+                    request_id=request.request_id_json,
+                    tool=request.tool,
+                )
                 text = encode_response(request.request_id_json, outcome_json(ANSWER_GONE))
                 self._session.reject(text, now)
                 self._end_turn_soon()
@@ -281,6 +288,15 @@ class LinkUnit:
         self._turn_is_due = False
         may_start = self._journal.commit(self._session, self._loop.now())
         crash_points.reach(crash_points.AFTER_JOURNAL)
+        if not self._is_backed_up:
+            self._start_calls(may_start)
+        self._flush()
+
+    @property
+    def _is_backed_up(self) -> bool:
+        return self._session.outbox.waiting_bytes > MAX_WAITING_BYTES
+
+    def _start_calls(self, may_start: bool) -> None:
         starting, self._starting = self._starting, []
         for go, refuse in starting:
             if may_start:
@@ -289,7 +305,6 @@ class LinkUnit:
                 refuse(UNAVAILABLE)
         if starting:
             crash_points.reach(crash_points.AFTER_START)
-        self._flush()
 
     def _flush(self) -> None:
         outbox = self._session.outbox
@@ -304,7 +319,9 @@ class LinkUnit:
             self._loop.call_soon(self._sent)
         if outbox.unconfirmed:
             self._link.ping()
-        self._link.pause_reading(outbox.waiting_bytes > MAX_WAITING_BYTES)
+        self._link.pause_reading(self._is_backed_up)
+        if self._starting and not self._is_backed_up:
+            self._end_turn_soon()
         if outbox.waiting and self._flush_timer is None:
             self._flush_timer = self._loop.call_later(_RETRY_FLUSH_S, self._flush_again)
 

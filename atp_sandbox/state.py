@@ -229,6 +229,21 @@ class LinkLock:
         self.close()
 
 
+def is_link_served(state_dir: Path, name: str) -> bool:
+    """Whether some process holds the lock of the link that is called `name`."""
+    try:
+        fd = os.open(state_dir / LOCKS / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def _lock(fd: int) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

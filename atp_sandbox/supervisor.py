@@ -25,7 +25,7 @@ from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.samples import SampleCalls
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ServeSettings
-from atp_sandbox.state import JOURNALS, LinkLock
+from atp_sandbox.state import LinkLock
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
 
 DRAIN_LOOK_S = 0.02
@@ -166,8 +166,7 @@ class Supervisor:
             )
             for found in self.routes:
                 self._open(found)
-            journals = self._settings.state_dir / JOURNALS
-            remove_unused(journals, {journal_path(journals, lock.name) for lock in self._locks})
+            remove_unused(self._settings.state_dir)
         except SandboxError as error:
             self._fail(error)
             return
@@ -192,7 +191,7 @@ class Supervisor:
         lock.acquire()
         self._locks.append(lock)
         mode = self._settings.options.journal
-        journal = Journal(journal_path(self._settings.state_dir / JOURNALS, lock.name), mode)
+        journal = Journal(journal_path(self._settings.state_dir, lock.name), mode)
         unit = LinkUnit(self._loop, address, self, dict(found.tools), lock.secret, journal)
         self._units.append(unit)
         self._open_units.append(unit)

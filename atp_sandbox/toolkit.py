@@ -33,6 +33,7 @@ from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.scheduling import pool, verdict
+from atp_sandbox.scheduling.quarantine import WINDOW_S, Quarantine
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 from atp_sandbox.state import scratch_directory
 from workers.frames import FrameError, FrameTooLong, is_oversize
@@ -129,6 +130,9 @@ class ServedToolkit:
         self._timer: Timer | None = None
         self._import_timer: Timer | None = None
         self._restart_s = _FIRST_RESTART_S
+        self._restart_error: SandboxError | None = None
+        """Why it could not be started again, as long as that is so."""
+        self.quarantine = Quarantine()
         self._launched_at = 0.0
         self._next_slow_look = 0.0
 
@@ -148,6 +152,10 @@ class ServedToolkit:
 
     def submit(self, call: NodeCall) -> None:
         """Take over `call`; its deadline runs from `call.received_at`."""
+        refusal = self._out_of_service(self._loop.now())
+        if refusal is not None:
+            self._listener.call_finished(call, refusal, "")
+            return
         if call.token is not None and self.settings.egress.inject:
             try:
                 call.token, call.stands_for = substitute(call.token)
@@ -163,6 +171,22 @@ class ServedToolkit:
             size_bytes=len(call.params),
         )
         self._obey(self._pool.submit(entry, self._loop.now()))
+
+    def _out_of_service(self, now: float) -> Failure | None:
+        if self._restart_error is None:
+            return self.quarantine.refusal(self.name, now)
+        wait_s = 0.0 if self._import_timer is None else self._import_timer.when - now
+        return Failure(
+            Kind.UNAVAILABLE,
+            f"The toolkit {self.name} could not be started again: {self._restart_error.message}",
+            retry_after_s=round(max(0.1, wait_s), 1),
+        )
+
+    def _dismiss_waiting(self) -> None:
+        """Those that wait hear what those hear that come now."""
+        refusal = self._out_of_service(self._loop.now())
+        if refusal is not None:
+            self._obey(self._pool.dismiss(refusal))
 
     def refuse(self, failure: Failure) -> None:
         """Answer what waits and what comes with `failure`; what runs goes on."""
@@ -277,6 +301,7 @@ class ServedToolkit:
             jail.become_worker(number)
             return
         self._cancel_import_timer()
+        self._restart_error = None
         self.landlock_abi = jail.landlock_abi
         is_first = self.discovery is None
         self.discovery = discovery
@@ -327,7 +352,10 @@ class ServedToolkit:
                 reason=reason,
             )
             if self.lifetime.kind is not LifetimeKind.JAIL:
-                self._obey(self._pool.supply_lost(reason, self._loop.now()))
+                now = self._loop.now()
+                self.state = State.RESTARTING  # so that its calls do not count one by one
+                self._obey(self._pool.supply_lost(reason, now))
+                self._note_quarantine(self.quarantine.jail_crashed(now))
                 self._restart_later()
             self._main = None
 
@@ -488,6 +516,30 @@ class ServedToolkit:
             printed = jail.take_output(ran_on)
             outcome = self._end_egress(jail, ran_on, payload, outcome)
         self._listener.call_finished(payload, outcome, printed)
+        self._note_end(outcome, has_run=ran_on is not None)
+
+    def _note_end(self, outcome: Outcome, *, has_run: bool) -> None:
+        now = self._loop.now()
+        if not has_run or self.state is not State.SERVING:
+            self.quarantine.call_vanished()
+        elif isinstance(outcome, Failure) and outcome.kind is Kind.CRASHED:
+            self._note_quarantine(self.quarantine.worker_crashed(now))
+        elif self.quarantine.worker_survived(now):
+            log.emit(log.INFO, "toolkit_restored", "back in service", toolkit=self.name)
+
+    def _note_quarantine(self, has_begun: bool) -> None:
+        if not has_begun:
+            return
+        log.emit(
+            log.ERROR,
+            "toolkit_quarantined",
+            "out of service: it crashes again and again",
+            toolkit=self.name,
+            crashes=self.quarantine.crashes,
+            within_s=WINDOW_S,
+            retry_in_s=round(self.quarantine.until - self._loop.now(), 1),
+        )
+        self._dismiss_waiting()
 
     def _end_egress(self, jail: Jail, number: int, payload: NodeCall, outcome: Outcome) -> Outcome:
         """Its token is worthless from here on; if it failed, it may be for what was refused."""
@@ -613,13 +665,17 @@ class ServedToolkit:
             self._listener.toolkit_failed(self, error)
             return
         log.emit(log.ERROR, "restart_failed", error.message, toolkit=self.name, cause=error.cause)
+        self._restart_error = error
         self._restart_later()
+        self._dismiss_waiting()
 
     def _restart_later(self) -> None:
         self.state = State.RESTARTING
         if self._loop.now() - self._launched_at > _STABLE_S:
             self._restart_s = _FIRST_RESTART_S
-        self._import_timer = self._loop.call_later(self._restart_s, self.discover)
+        # In quarantine, it is made anew when it is to be tried.
+        when = max(self._loop.now() + self._restart_s, self.quarantine.until)
+        self._import_timer = self._loop.call_at(when, self.discover)
         self._restart_s = min(_MAX_RESTART_S, self._restart_s * 2)
 
     def _on_import_timeout(self) -> None:

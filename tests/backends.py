@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Self
 import psutil
 from conftest import PATIENCE_S, wait_until
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
@@ -36,6 +37,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.refuse_with: int | None = None
         """An HTTP status for every handshake."""
+        self.answers_pings = True
         self.registered: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self._links: queue.Queue[FakeLink] = queue.Queue()
@@ -97,6 +99,13 @@ class FakeBackend:
         return connection.respond(http.HTTPStatus(self.refuse_with), "refused\n")
 
     def _on_link(self, connection: ServerConnection) -> None:
+        send_frame = connection.protocol.send_frame
+
+        def send_unless_mute(frame: Frame) -> None:
+            if frame.opcode is not Opcode.PONG or self.answers_pings:
+                send_frame(frame)
+
+        connection.protocol.send_frame = send_unless_mute  # type: ignore[method-assign]
         link = FakeLink(connection)
         self._links.put(link)
         link.read()

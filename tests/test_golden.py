@@ -786,7 +786,7 @@ def result_of_a_lost_connection_goes_out_on_the_next(golden: Document, ours: Doc
 def ping_is_answered_while_a_tool_runs(golden: Document, ours: Document) -> None:
     assert ours.pongs == golden.pongs == ["are-you-there"]
     assert ours.result["pong_after_s"] < 3.0 < golden.result["pong_after_s"]
-    assert [frame["frame"] for frame in ours.frames] == ["pong", "text"]
+    assert [frame["frame"] for frame in ours.frames if frame["frame"] != "ping"] == ["pong", "text"]
     assert ours.answers == golden.answers
 
 

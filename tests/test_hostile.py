@@ -266,11 +266,6 @@ def test_fault_of_the_machine(name: str, tmp_path: Path) -> None:
 
 
 @_needs_root
-@pytest.mark.xfail(
-    reason="an answer written into a connection that is silently dead is lost: the outbox does not "
-    "wait for a pong yet",
-    strict=True,
-)
 def test_fault_of_a_silent_network(silent_network: faults.InBackground) -> None:
     """H02."""
     assert silent_network.result() == []

@@ -72,11 +72,14 @@ class Connection:
         self._waiting_bytes = 0
         self._texts = 0
         """Given to `send` so far."""
+        self._texts_read = 0
+        """Those that the peer has read past, as far as we know."""
         self._buffer = memoryview(b"")
         self._position = 0
         self._pongs: deque[bytes] = deque(maxlen=MAX_PONGS_WAITING)
         self._ping: bytes | None = None
-        """Payload of the ping whose pong is awaited: the number of texts before it."""
+        """Payload of the ping whose pong is awaited: the number of texts before it. Empty if all
+        of them were confirmed: then it proves nothing but life, as any pong would."""
         self._ping_in_buffer = False
         self._is_paused = False
         self._close_code: int | None = None
@@ -105,7 +108,7 @@ class Connection:
         """Ask how far the peer has read: `on_read` follows, unless an earlier ping is still out."""
         if self._ping is not None:
             return
-        self._ping = b"%d" % self._texts
+        self._ping = b"" if self._texts == self._texts_read else b"%d" % self._texts
         self._waiting.append(self._ping)
         self._ping_written_at = None
         self._progress_at = self._loop.now()
@@ -283,7 +286,8 @@ class Connection:
     def _take_pong(self, payload: bytes) -> None:
         if payload == self._ping:
             self._forget_ping()
-            self._on_read(int(payload))
+            self._texts_read = int(payload or self._texts_read)
+            self._on_read(self._texts_read)
         elif self._ping_written_at is not None:
             self._ping_written_at = self._loop.now()  # unasked for, but a sign of life
 

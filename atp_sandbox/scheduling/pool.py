@@ -225,8 +225,12 @@ class Pool:
     def refuse(self, failure: Failure | None) -> list[Command]:
         """Answer new calls and those that wait with `failure`; None takes calls again."""
         self._refusal = failure
+        return [] if failure is None else self.dismiss(failure)
+
+    def dismiss(self, failure: Failure) -> list[Command]:
+        """Answer those that wait with `failure`."""
         commands: list[Command] = []
-        while failure is not None and self._queue:
+        while self._queue:
             commands.append(Conclude(self._take_queued(), failure, None))
         return commands
 
