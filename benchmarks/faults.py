@@ -524,6 +524,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--against", choices=[PUBLISHED_SDK])
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # mounts and groups are given back
     print(f"seed {given.seed}", file=sys.stderr)
     report = run_faults(
         given.seed,
