@@ -39,11 +39,11 @@ from benchmarks.wire import Backend, Link, request_text
 TIME_LIMIT_S = 4.0
 JAIL_TIME_LIMIT_S = 8.0
 WARM_UP_CALLS = 64
-CALM_CALLS = {"call_": 20, "calls_": 160, "jail_": 6}
+CALM_CALLS = {"call_": 20, "calls_": 80, "jail_": 3}
 """Enough for each worker that a burst has left waiting to have served what it may serve."""
 SETTLE_S = 20.0
 """For processes that were ended to be reaped, and for workers that wait ready to be made."""
-QUIET_S = 0.4
+QUIET_S = 0.2
 GROUP_FILES_PER_SLOT = 12
 """Most descriptors that one worker's control group has (version 1, three controllers)."""
 ANSWER_S = 60.0
@@ -165,7 +165,7 @@ BAD_WEIGHTS = (3, 3, 3, 3, 2, 4, 1, 1)
 """Hanging calls hold their place for the whole time limit, so that few of them fill the run."""
 
 
-CALLS_PER_WORKER = 8
+CALLS_PER_WORKER = 4
 LIFETIMES = {"call_": "call", "calls_": f"calls:{CALLS_PER_WORKER}", "jail_": "jail"}
 WEIGHTS = (60, 38, 2)
 """Of the lifetimes above: a jail for each call takes fifty times as long."""
@@ -496,7 +496,7 @@ class _Soak:
         Of a toolkit whose workers serve several calls, one more than needed may be half used.
         """
         least = await self._settled(process)
-        for _ in range(2 * CALLS_PER_WORKER):
+        for _ in range(CALLS_PER_WORKER if wanted is None else 4 * CALLS_PER_WORKER):
             if least == wanted:
                 break
             await self._make(1, lambda: "calls_echo")
