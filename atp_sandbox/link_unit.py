@@ -7,6 +7,7 @@ what they decided to the node, and what the node concluded to the backend.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
@@ -224,7 +225,8 @@ class LinkUnit:
 
     def release(self) -> None:
         """Close the journal: nothing is written any more. Safe to call again."""
-        self._journal.commit(self._session, self._loop.now())
+        # Without waiting for the next attempt after one that failed: there will be none.
+        self._journal.commit(self._session, math.inf)
         self._journal.close()
 
     def starting(

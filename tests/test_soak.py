@@ -17,11 +17,11 @@ TIME_LIMIT_S = 10.0
 
 
 @pytest.mark.slow
-def test_thousand_mixed_calls_are_answered_once_each_and_leave_nothing(
+def test_hundreds_of_mixed_calls_are_answered_once_each_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(soak, "TIME_LIMIT_S", TIME_LIMIT_S)
-    report = soak.run_soak(1_000, concurrency=16, seconds=30.0)
+    report = soak.run_soak(600, concurrency=16, seconds=20.0)
     assert report.faults == []
     assert report.before == report.after
     assert report.calls >= MIN_CALLS

@@ -407,6 +407,8 @@ def _what_is_wrong(pid: int, outside_id: int | None, isolation: Isolation) -> st
         status = read_status(pid)
     except ProcessLookupError:
         return "it ended"
+    except OSError as error:
+        return f"it cannot be looked at: {error.strerror}"
     if status.capabilities or (outside_id is not None and status.bounding):
         return "it still has capabilities, or could get some"
     if not status.no_new_privs or (isolation.has_seccomp and not status.is_filtered):

@@ -404,6 +404,9 @@ class Jail:
         except ProcessLookupError:
             self._fail_setup("start", "the zygote ended")
             return
+        except OSError as error:  # such as EMFILE: what cannot be looked at does not run
+            self._fail_setup("verification", f"the zygote cannot be looked at: {error.strerror}")
+            return
         if wrong:
             self._fail_setup("verification", f"the zygote did not confine itself: {wrong}")
             return
@@ -629,6 +632,9 @@ class Jail:
             strays = (read_children(self._warden_pid) | read_children(pid)) - {pid}
         except ProcessLookupError:
             return  # the warden will say how it ended
+        except OSError as error:
+            self._end(f"its processes cannot be looked at: {error.strerror}")
+            return
         if strays and self._spec.isolation.is_confined:
             self._end(_STRAY)
             return
@@ -698,6 +704,9 @@ class Jail:
         except ProcessLookupError:
             worker.is_gone = True
             self._adopt_silent_exit(worker)
+            return
+        except OSError as error:  # such as EMFILE: what cannot be told apart does not serve
+            self._end(f"a worker cannot be looked at: {error.strerror}")
             return
         is_zygote = pid == self._zygote_pid
         if is_zygote is not worker.is_zygote:
