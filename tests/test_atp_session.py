@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -181,6 +182,23 @@ def test_an_answer_that_is_never_confirmed_cannot_make_more_be_remembered(
         session.outbox.take(1, 0.0)
         session.confirm(1)
     assert len(session.records()) <= 4
+
+
+def test_of_an_answered_request_neither_a_long_id_nor_a_long_name_is_kept(session: Session) -> None:
+    """Of the remembered there may be tens of thousands, and a request may have 16 MiB."""
+    long = dataclasses.replace(ASKED, request_id_json=f'"{"i" * 100_000}"', tool="t" * 100_000)
+    session.answered(start(session, long), "x", 0.0)
+    other = dataclasses.replace(long, request_id_json="1")
+    start(session, other)
+    kept = [len(pickle.dumps(record)) for record in session.records()]
+    assert kept[0] < 1_000 < kept[1]
+    assert session.receive(long, 0.0) == Running()
+
+    successor = Session(SECRET)
+    for record in left_by(session):
+        successor.restore(record, "x", 1.0)
+    assert all(len(pickle.dumps(record)) < 1_000 for record in successor.records())
+    assert [successor.receive(one, 1.0) for one in (long, other)] == [Running(), Running()]
 
 
 @pytest.mark.parametrize(("bound", "value"), [("MAX_KEPT_ANSWERS", 1), ("MAX_KEPT_BYTES", 10)])
