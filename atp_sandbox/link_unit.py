@@ -369,6 +369,7 @@ class LinkUnit:
             crash_points.reach(crash_points.AFTER_START)
 
     def _flush(self) -> None:
+        """Only after a commit: what has come meanwhile waits here too."""
         outbox = self._session.outbox
         if not self._link.connected:
             return
@@ -392,7 +393,7 @@ class LinkUnit:
 
     def _flush_again(self) -> None:
         self._flush_timer = None
-        self._flush()
+        self._end_turn()
 
     def _on_read(self, count: int) -> None:
         """The backend has read past this many texts of this connection."""
@@ -451,7 +452,7 @@ class LinkUnit:
             case Connected():
                 self.was_connected = True
                 self._owner.link_connected(self)
-                self._flush()
+                self._end_turn()
             case Disconnected(_, retry_in_s):
                 self._session.outbox.connection_ended()
                 if retry_in_s is None:
