@@ -123,6 +123,10 @@ class Session:
 
     # -- what the journal needs --------------------------------------------------------------------
 
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._changed or self._forgotten)
+
     def take_changes(self) -> tuple[list[Record], list[int]]:
         """What changed since the last time, and the keys of what was forgotten meanwhile."""
         changed, forgotten = list(self._changed.values()), self._forgotten
