@@ -52,6 +52,8 @@ MAX_UNSENT_BYTES = 4 * MIB
 """Answers handed to the connection and not yet taken by the kernel; others wait in the outbox."""
 MAX_WAITING_BYTES = 8 * MIB
 """While more answers wait than this, the backend takes none: no request is taken, no call begun."""
+CONFIRM_AFTER_S = 0.01
+"""From an answer to the ping that asks whether it was read: one for all that follow meanwhile."""
 _RETRY_FLUSH_S = 0.02
 _UPKEEP_S = 5.0
 """Between two looks at what only time changes."""
@@ -130,6 +132,7 @@ class LinkUnit:
         self._untold: dict[str, RegistrationEntry] = {}
         """What of it is still to be told."""
         self._flush_timer: Timer | None = None
+        self._ping_timer: Timer | None = None
         self._refusal: Failure | None = None
         self.was_connected = False
         self.is_announced = False
@@ -217,8 +220,9 @@ class LinkUnit:
         """End registration and link; `link_closed` follows."""
         if self._registrar is not None:
             self._registrar.stop()
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
+        for timer in (self._flush_timer, self._ping_timer):
+            if timer is not None:
+                timer.cancel()
         self._upkeep_timer.cancel()
         self._journal.commit(self._session, self._loop.now())
         self._link.close()
@@ -382,13 +386,18 @@ class LinkUnit:
                 self._link.send(text)
             # The connection writes at the end of this turn, and then we are asked again.
             self._loop.call_soon(self._sent)
-        if outbox.unconfirmed:
-            self._link.ping()
+        if outbox.unconfirmed and self._ping_timer is None:
+            self._ping_timer = self._loop.call_later(CONFIRM_AFTER_S, self._ping)
         self._link.pause_reading(self._is_backed_up)
         if self._starting and not self._is_backed_up:
             self._end_turn_soon()
         if outbox.waiting and self._flush_timer is None:
             self._flush_timer = self._loop.call_later(_RETRY_FLUSH_S, self._flush_again)
+
+    def _ping(self) -> None:
+        self._ping_timer = None
+        if self._session.outbox.unconfirmed:
+            self._link.ping()
 
     def _sent(self) -> None:
         crash_points.reach(crash_points.AFTER_SEND)

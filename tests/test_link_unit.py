@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -285,3 +287,32 @@ def test_a_burst_of_answers_has_few_pings(served: Served, server: ScriptedServer
 def test_an_unknown_crash_point_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="names no point"):
         crash_points.arm({crash_points.VARIABLE: text})
+
+
+@pytest.mark.alone
+def test_a_ping_does_not_hold_up_the_next_request_of_a_peer_with_nagles_algorithm(
+    served: Served, server: ScriptedServer
+) -> None:
+    """RFC 896: it sends no small piece until we have acknowledged the last, here its pong."""
+    peer = connect(served, server)
+    assert not peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    rounds: list[int] = []
+
+    def ask(count: int) -> int:
+        """How many of so many calls took long, each right after a pong."""
+        slow = 0
+        for number in range(count):
+            began = time.monotonic()
+            peer.send(request(number + 1_000 * len(rounds)))
+            answers(peer, 1)
+            slow += time.monotonic() - began > 0.03
+            ping = peer.frame()
+            assert ping is not None
+            assert ping[0] == 0x89
+            peer.sock.sendall(bytes((0x8A, len(ping[1]))) + ping[1])
+        return slow
+
+    served.submit = lambda call: served.answer(call, 10)  # type: ignore[method-assign]
+    for _ in range(3):
+        rounds.append(served.beside(lambda: ask(20)))
+    assert min(rounds) == 0
