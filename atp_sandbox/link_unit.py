@@ -43,7 +43,7 @@ from atp_sandbox.atp.session import Forgotten, Resend, Running, Session, Start
 from atp_sandbox.journal import UNAVAILABLE, Journal
 from atp_sandbox.limits import MIB, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, outcome_json
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success, outcome_json
 from atp_sandbox.toolkit import NodeCall
 
 LINK_TIMINGS = LinkTimings()
@@ -239,7 +239,8 @@ class LinkUnit:
         """The one answer to a call of this link."""
         crash_points.reach(crash_points.AFTER_RESULT)
         text = encode_response(context.request_id_json, outcome_json(outcome))
-        if not self._session.outbox.has_room_for(len(text)):
+        # A failure is short, and in its place nobody could say whether the tool ran.
+        if isinstance(outcome, Success) and not self._session.outbox.has_room_for(len(text)):
             text = encode_response(context.request_id_json, outcome_json(_no_room(len(text))))
         self._session.answered(context.key, text, self._loop.now())
         self._end_turn_soon()
