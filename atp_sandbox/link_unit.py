@@ -140,10 +140,15 @@ class LinkUnit:
         return self._refusal is not None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether every call was answered, wherever its answer is."""
+        return not self._session.in_flight
+
+    @property
     def is_settled(self) -> bool:
         """Nothing is in flight, and the backend has read past every answer."""
         outbox = self._session.outbox
-        return not self._session.in_flight and not outbox.waiting and not outbox.unconfirmed
+        return self.is_idle and not outbox.waiting and not outbox.unconfirmed
 
     @property
     def is_connected(self) -> bool:

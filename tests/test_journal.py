@@ -419,6 +419,28 @@ def test_an_answer_that_no_pong_confirmed_is_sent_again_over_the_next_connection
     assert list((tmp_path / "state" / "journals").iterdir()) == []
 
 
+def test_a_toolkit_that_stops_is_not_held_up_by_a_backend_that_confirms_nothing(
+    tmp_path: Path, backend: FakeBackend
+) -> None:
+    kit = tmp_path / "kit.py"
+    stop_later = """
+    import threading
+
+    def later():
+        time.sleep(3)
+        client.stop()
+
+    threading.Thread(target=later).start()
+    """
+    kit.write_text(toolkit_text(KIT + stop_later))
+    backend.answers_pings = False
+    with serving(kit, backend, tmp_path) as serve:
+        backend.accept().call("one", "echo", value=1)
+        assert serve.wait() == 0
+    (journal,) = (tmp_path / "state" / "journals").glob("*.journal")
+    assert [record.stage for record in JournalFile(journal).load()] == [Stage.ANSWERED]
+
+
 def test_a_serve_whose_disk_is_full_goes_on_answering(
     kit: Path, tmp_path: Path, backend: FakeBackend
 ) -> None:
