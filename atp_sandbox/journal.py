@@ -67,7 +67,9 @@ class JournalFile:
         self._path = path
         try:
             # Made here and not by SQLite, whose files have the mode of this one.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._made = os.fstat(fd)
+            os.close(fd)
         except OSError as error:
             raise self._error(str(error.strerror)) from None
         with self._faults():
@@ -126,6 +128,15 @@ class JournalFile:
                 with contextlib.suppress(sqlite3.Error):
                     self._database.execute("ROLLBACK")
                 raise
+
+    def check_place(self) -> None:
+        """JournalError if a successor would not find it: SQLite writes on without an error."""
+        try:
+            is_there = os.path.samestat(self._made, os.lstat(self._path))
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise self._error("it was removed, or another file put in its place")
 
     def tidy(self) -> None:
         """Move the log of changes into the file and empty it: answers that were deleted go too."""
@@ -240,8 +251,17 @@ class Journal:
         return True
 
     def tidy(self, now: float) -> None:
-        """Now and then: leave nothing in the log of changes."""
-        if self._file is None or self._is_tidy or now < self._tidy_at:
+        """Now and then: leave nothing in the log of changes of a file that is still there."""
+        if self._file is None:
+            return
+        try:
+            self._file.check_place()
+        except JournalError as error:
+            self._drop_file()
+            self._is_behind = True
+            self._report(error, "it is written anew")
+            return
+        if self._is_tidy or now < self._tidy_at:
             return
         self._tidy_at, self._is_tidy = now + TIDY_S, True
         with contextlib.suppress(JournalError):  # the next commit says so

@@ -234,6 +234,26 @@ def test_a_journal_of_another_version_is_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_journal_that_is_not_in_its_place_any_more_is_written_anew(
+    path: Path, session: Session, logged: list[LogLine], how: str
+) -> None:
+    """What goes to a file without a name reports no error, and no successor would find it."""
+    journal = opened(path)
+    begin(session, 1)
+    assert journal.commit(session, 0.0)
+    for part in path.parent.glob(f"{path.name}*"):
+        part.unlink()
+    if how == "replaced":
+        path.touch()
+    journal.tidy(1.0)
+    assert journal.commit(session, 1.0)
+    journal.tidy(2.0)
+    journal.close()
+    assert [record.request_id_json for record in JournalFile(path).load()] == ["1"]
+    assert [line.event for line in logged] == ["journal_failed", "journal_restored"]
+
+
 # -- what cannot be written ------------------------------------------------------------------------
 
 
