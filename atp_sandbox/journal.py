@@ -308,7 +308,11 @@ def remove_unused(state_dir: Path) -> None:
     """Remove journals that no link has used for long, and what was set aside of them."""
     for path in (state_dir / JOURNALS).iterdir():
         with contextlib.suppress(OSError):
-            is_old = time.time() - path.stat().st_mtime > MAX_UNUSED_S
+            # SQLite touches the file itself only when it moves the log of changes into it.
+            changed_at, log_of_changes = path.stat().st_mtime, Path(f"{path}-wal")
+            if log_of_changes.exists():
+                changed_at = max(changed_at, log_of_changes.stat().st_mtime)
+            is_old = time.time() - changed_at > MAX_UNUSED_S
             # Whoever serves that link has its lock; a journal without changes grows old in use.
             if is_old and not is_link_served(state_dir, path.name.partition(".")[0]):
                 path.unlink()

@@ -161,6 +161,23 @@ def test_journals_of_links_that_are_gone_are_removed_after_a_while(tmp_path: Pat
     assert [path.name for path in (tmp_path / "journals").iterdir()] == ["young.journal"]
 
 
+def test_a_journal_whose_last_changes_are_only_in_its_log_is_not_old(
+    tmp_path: Path, session: Session
+) -> None:
+    """As a server leaves it that was idle for long, took a call and was killed."""
+    (tmp_path / "journals").mkdir()
+    path = tmp_path / "journals" / "link.journal"
+    journal = opened(path)
+    begin(session, 1)
+    assert journal.commit(session, 0.0)
+    os.utime(path, (0, 0))
+    remove_unused(tmp_path)
+    assert path.exists()
+    os.utime(f"{path}-wal", (0, 0))
+    remove_unused(tmp_path)
+    assert list(path.parent.iterdir()) == []
+
+
 # -- what cannot be read ---------------------------------------------------------------------------
 
 
