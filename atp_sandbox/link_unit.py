@@ -407,8 +407,8 @@ class LinkUnit:
     def _upkeep(self) -> None:
         self._upkeep_timer = self._loop.call_later(_UPKEEP_S, self._upkeep)
         now = self._loop.now()
-        self._journal.commit(self._session, now)
         self._journal.tidy(now)
+        self._journal.commit(self._session, now)  # after it: of a file that is gone, everything
         given_up = self._session.outbox.given_up
         if given_up > self._given_up:
             log.emit(

@@ -195,6 +195,20 @@ def test_calls_are_refused_and_not_started_while_a_required_journal_cannot_be_wr
         served.close()
 
 
+def test_a_required_journal_that_was_removed_costs_no_call(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal"
+    served = Served(server.url, Journal(path, JournalMode.REQUIRED))
+    try:
+        path.unlink()
+        served.unit._upkeep()
+        assert path.exists()
+        assert served.unit._journal.refusal is None
+    finally:
+        served.close()
+
+
 def test_a_backend_that_reads_nothing_is_asked_nothing_more_and_then_gets_everything_once(
     served: Served, server: ScriptedServer
 ) -> None:
