@@ -17,6 +17,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from atp_sandbox import log
 from atp_sandbox.atp.record import Record, Stage
@@ -33,6 +34,8 @@ TIDY_S = 60.0
 MAX_UNUSED_S = 7 * 86_400.0
 """A journal that no link has used for so long is removed: its key was replaced, or its backend."""
 _VERSION = 1
+_MAX_KEY = 1 << 62
+"""Half of what SQLite can take: keys go on from the largest that was found."""
 _SUFFIX = ".journal"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
@@ -103,8 +106,7 @@ class JournalFile:
         records = []
         with self._faults():
             for row in self._database.execute("SELECT * FROM calls ORDER BY key"):
-                key, identity, request_id, tool, stage, since, answer = row
-                records.append(Record(key, identity, request_id, tool, Stage(stage), since, answer))
+                records.append(_record(row))
         return records
 
     def write(
@@ -151,7 +153,7 @@ class JournalFile:
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:  # ValueError: a stage that there is not
+        except (sqlite3.Error, ValueError) as error:  # ValueError: see `_record`
             fault = self._error(str(error))
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             fault.is_damaged = code in _DAMAGED or isinstance(error, ValueError)
@@ -163,6 +165,15 @@ class JournalFile:
             cause=cause,
             tip="Mend what is wrong there, move the file away, or do without: --journal off.",
         )
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    """ValueError if it is none that `_row` makes: SQLite itself knows no types, and no sums."""
+    key, identity, request_id, tool, stage, since, answer = row
+    types = tuple(type(value) for value in (*row[:6], "" if answer is None else answer))
+    if types != (int, bytes, str, str, int, float, str) or key > _MAX_KEY:
+        raise ValueError("a row that none of us wrote")
+    return Record(key, identity, request_id, tool, Stage(stage), since, answer)
 
 
 def _row(record: Record) -> tuple[object, ...]:

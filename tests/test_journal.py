@@ -239,6 +239,25 @@ def test_a_journal_that_cannot_be_read_is_reported_and_done_without_unless_it_is
             assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("since = x'00'", "request_id = x'00'", "tool = x'00'", "identity = 'text'", "stage = 9"),
+        *("stage = 'a'", "answer = x'00'", "key = 9223372036854775807"),
+    ],
+)
+def test_a_row_that_nobody_can_have_written_is_damage_and_ends_no_server(
+    path: Path, session: Session, logged: list[LogLine], damage: str
+) -> None:
+    """A byte that has changed may leave a sound database of other values."""
+    filled(path, session)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute(f"UPDATE calls SET {damage}")
+    assert opened(path).refusal is None
+    assert [line.event for line in logged] == ["journal_failed"]
+    assert path.with_suffix(".damaged").exists()
+
+
 def test_a_journal_of_another_version_is_left_alone(path: Path) -> None:
     JournalFile(path).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
