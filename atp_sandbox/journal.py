@@ -17,6 +17,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from atp_sandbox import log
 from atp_sandbox.atp.record import Record, Stage
@@ -33,6 +34,8 @@ TIDY_S = 60.0
 MAX_UNUSED_S = 7 * 86_400.0
 """A journal that no link has used for so long is removed: its key was replaced, or its backend."""
 _VERSION = 1
+_MAX_KEY = 1 << 62
+"""Half of what SQLite can take: keys go on from the largest that was found."""
 _SUFFIX = ".journal"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
@@ -67,7 +70,9 @@ class JournalFile:
         self._path = path
         try:
             # Made here and not by SQLite, whose files have the mode of this one.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._made = os.fstat(fd)
+            os.close(fd)
         except OSError as error:
             raise self._error(str(error.strerror)) from None
         with self._faults():
@@ -101,8 +106,7 @@ class JournalFile:
         records = []
         with self._faults():
             for row in self._database.execute("SELECT * FROM calls ORDER BY key"):
-                key, identity, request_id, tool, stage, since, answer = row
-                records.append(Record(key, identity, request_id, tool, Stage(stage), since, answer))
+                records.append(_record(row))
         return records
 
     def write(
@@ -127,6 +131,15 @@ class JournalFile:
                     self._database.execute("ROLLBACK")
                 raise
 
+    def check_place(self) -> None:
+        """JournalError if a successor would not find it: SQLite writes on without an error."""
+        try:
+            is_there = os.path.samestat(self._made, os.lstat(self._path))
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise self._error("it was removed, or another file put in its place")
+
     def tidy(self) -> None:
         """Move the log of changes into the file and empty it: answers that were deleted go too."""
         with self._faults():
@@ -140,7 +153,7 @@ class JournalFile:
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:  # ValueError: a stage that there is not
+        except (sqlite3.Error, ValueError) as error:  # ValueError: see `_record`
             fault = self._error(str(error))
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             fault.is_damaged = code in _DAMAGED or isinstance(error, ValueError)
@@ -152,6 +165,15 @@ class JournalFile:
             cause=cause,
             tip="Mend what is wrong there, move the file away, or do without: --journal off.",
         )
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    """ValueError if it is none that `_row` makes: SQLite itself knows no types, and no sums."""
+    key, identity, request_id, tool, stage, since, answer = row
+    types = tuple(type(value) for value in (*row[:6], "" if answer is None else answer))
+    if types != (int, bytes, str, str, int, float, str) or key > _MAX_KEY:
+        raise ValueError("a row that none of us wrote")
+    return Record(key, identity, request_id, tool, Stage(stage), since, answer)
 
 
 def _row(record: Record) -> tuple[object, ...]:
@@ -240,8 +262,17 @@ class Journal:
         return True
 
     def tidy(self, now: float) -> None:
-        """Now and then: leave nothing in the log of changes."""
-        if self._file is None or self._is_tidy or now < self._tidy_at:
+        """Now and then: leave nothing in the log of changes of a file that is still there."""
+        if self._file is None:
+            return
+        try:
+            self._file.check_place()
+        except JournalError as error:
+            self._drop_file()
+            self._is_behind = True
+            self._report(error, "it is written anew")
+            return
+        if self._is_tidy or now < self._tidy_at:
             return
         self._tidy_at, self._is_tidy = now + TIDY_S, True
         with contextlib.suppress(JournalError):  # the next commit says so
@@ -288,7 +319,11 @@ def remove_unused(state_dir: Path) -> None:
     """Remove journals that no link has used for long, and what was set aside of them."""
     for path in (state_dir / JOURNALS).iterdir():
         with contextlib.suppress(OSError):
-            is_old = time.time() - path.stat().st_mtime > MAX_UNUSED_S
+            # SQLite touches the file itself only when it moves the log of changes into it.
+            changed_at, log_of_changes = path.stat().st_mtime, Path(f"{path}-wal")
+            if log_of_changes.exists():
+                changed_at = max(changed_at, log_of_changes.stat().st_mtime)
+            is_old = time.time() - changed_at > MAX_UNUSED_S
             # Whoever serves that link has its lock; a journal without changes grows old in use.
             if is_old and not is_link_served(state_dir, path.name.partition(".")[0]):
                 path.unlink()

@@ -44,7 +44,7 @@ from atp_sandbox.atp.session import Forgotten, Resend, Running, Session, Start
 from atp_sandbox.journal import UNAVAILABLE, Journal
 from atp_sandbox.limits import MIB, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, outcome_json
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success, outcome_json
 from atp_sandbox.toolkit import NodeCall
 
 LINK_TIMINGS = LinkTimings()
@@ -144,10 +144,15 @@ class LinkUnit:
         return self._refusal is not None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether every call was answered, wherever its answer is."""
+        return not self._session.in_flight
+
+    @property
     def is_settled(self) -> bool:
         """Nothing is in flight, and the backend has read past every answer."""
         outbox = self._session.outbox
-        return not self._session.in_flight and not outbox.waiting and not outbox.unconfirmed
+        return self.is_idle and not outbox.waiting and not outbox.unconfirmed
 
     @property
     def is_connected(self) -> bool:
@@ -245,7 +250,8 @@ class LinkUnit:
         """The one answer to a call of this link."""
         crash_points.reach(crash_points.AFTER_RESULT)
         text = encode_response(context.request_id_json, outcome_json(outcome))
-        if not self._session.outbox.has_room_for(len(text)):
+        # A failure is short, and in its place nobody could say whether the tool ran.
+        if isinstance(outcome, Success) and not self._session.outbox.has_room_for(len(text)):
             text = encode_response(context.request_id_json, outcome_json(_no_room(len(text))))
         self._session.answered(context.key, text, self._loop.now())
         self._end_turn_soon()
@@ -414,8 +420,8 @@ class LinkUnit:
     def _upkeep(self) -> None:
         self._upkeep_timer = self._loop.call_later(_UPKEEP_S, self._upkeep)
         now = self._loop.now()
-        self._journal.commit(self._session, now)
         self._journal.tidy(now)
+        self._journal.commit(self._session, now)  # after it: of a file that is gone, everything
         given_up = self._session.outbox.given_up
         if given_up > self._given_up:
             log.emit(

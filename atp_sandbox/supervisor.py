@@ -7,6 +7,7 @@ joins the node to the links and knows when everything is ready and when everythi
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -388,11 +389,14 @@ class Supervisor:
         if clients <= self._stopped_clients:
             self._node.stop_toolkit(toolkit.name)
 
-    def _close_when_settled(self, unit: LinkUnit) -> None:
-        if unit.is_settled:
+    def _close_when_settled(self, unit: LinkUnit, deadline: float = math.inf) -> None:
+        now = self._loop.now()
+        if unit.is_idle:
+            deadline = min(deadline, now + SEND_GRACE_S)
+        if unit.is_settled or now >= deadline:
             unit.close()
         else:
-            self._loop.call_later(DRAIN_LOOK_S, lambda: self._close_when_settled(unit))
+            self._loop.call_later(DRAIN_LOOK_S, lambda: self._close_when_settled(unit, deadline))
 
     def _on_stop_request(self) -> None:
         self._stop_requests += 1

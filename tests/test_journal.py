@@ -161,6 +161,23 @@ def test_journals_of_links_that_are_gone_are_removed_after_a_while(tmp_path: Pat
     assert [path.name for path in (tmp_path / "journals").iterdir()] == ["young.journal"]
 
 
+def test_a_journal_whose_last_changes_are_only_in_its_log_is_not_old(
+    tmp_path: Path, session: Session
+) -> None:
+    """As a server leaves it that was idle for long, took a call and was killed."""
+    (tmp_path / "journals").mkdir()
+    path = tmp_path / "journals" / "link.journal"
+    journal = opened(path)
+    begin(session, 1)
+    assert journal.commit(session, 0.0)
+    os.utime(path, (0, 0))
+    remove_unused(tmp_path)
+    assert path.exists()
+    os.utime(f"{path}-wal", (0, 0))
+    remove_unused(tmp_path)
+    assert list(path.parent.iterdir()) == []
+
+
 # -- what cannot be read ---------------------------------------------------------------------------
 
 
@@ -222,6 +239,25 @@ def test_a_journal_that_cannot_be_read_is_reported_and_done_without_unless_it_is
             assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("since = x'00'", "request_id = x'00'", "tool = x'00'", "identity = 'text'", "stage = 9"),
+        *("stage = 'a'", "answer = x'00'", "key = 9223372036854775807"),
+    ],
+)
+def test_a_row_that_nobody_can_have_written_is_damage_and_ends_no_server(
+    path: Path, session: Session, logged: list[LogLine], damage: str
+) -> None:
+    """A byte that has changed may leave a sound database of other values."""
+    filled(path, session)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute(f"UPDATE calls SET {damage}")
+    assert opened(path).refusal is None
+    assert [line.event for line in logged] == ["journal_failed"]
+    assert path.with_suffix(".damaged").exists()
+
+
 def test_a_journal_of_another_version_is_left_alone(path: Path) -> None:
     JournalFile(path).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
@@ -232,6 +268,26 @@ def test_a_journal_of_another_version_is_left_alone(path: Path) -> None:
     before = path.read_bytes()
     assert opened(path).commit(Session(b"x"), 0.0)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_journal_that_is_not_in_its_place_any_more_is_written_anew(
+    path: Path, session: Session, logged: list[LogLine], how: str
+) -> None:
+    """What goes to a file without a name reports no error, and no successor would find it."""
+    journal = opened(path)
+    begin(session, 1)
+    assert journal.commit(session, 0.0)
+    for part in path.parent.glob(f"{path.name}*"):
+        part.unlink()
+    if how == "replaced":
+        path.touch()
+    journal.tidy(1.0)
+    assert journal.commit(session, 1.0)
+    journal.tidy(2.0)
+    journal.close()
+    assert [record.request_id_json for record in JournalFile(path).load()] == ["1"]
+    assert [line.event for line in logged] == ["journal_failed", "journal_restored"]
 
 
 # -- what cannot be written ------------------------------------------------------------------------
@@ -417,6 +473,28 @@ def test_an_answer_that_no_pong_confirmed_is_sent_again_over_the_next_connection
         assert len(last.texts) == 1  # what was confirmed does not come again
         assert serve.stop() == 0
     assert list((tmp_path / "state" / "journals").iterdir()) == []
+
+
+def test_a_toolkit_that_stops_is_not_held_up_by_a_backend_that_confirms_nothing(
+    tmp_path: Path, backend: FakeBackend
+) -> None:
+    kit = tmp_path / "kit.py"
+    stop_later = """
+    import threading
+
+    def later():
+        time.sleep(3)
+        client.stop()
+
+    threading.Thread(target=later).start()
+    """
+    kit.write_text(toolkit_text(KIT + stop_later))
+    backend.answers_pings = False
+    with serving(kit, backend, tmp_path) as serve:
+        backend.accept().call("one", "echo", value=1)
+        assert serve.wait() == 0
+    (journal,) = (tmp_path / "state" / "journals").glob("*.journal")
+    assert [record.stage for record in JournalFile(journal).load()] == [Stage.ANSWERED]
 
 
 def test_a_serve_whose_disk_is_full_goes_on_answering(

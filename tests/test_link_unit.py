@@ -22,9 +22,11 @@ from atp_sandbox.atp.outbox import MAX_OUTBOX_BYTES
 from atp_sandbox.discovery import Tool
 from atp_sandbox.errors import UsageError
 from atp_sandbox.journal import Journal
+from atp_sandbox.limits import Limits
 from atp_sandbox.link_unit import MAX_UNSENT_BYTES, MAX_WAITING_BYTES, CallContext, LinkUnit
 from atp_sandbox.loop import Loop
 from atp_sandbox.outcome import Failure, Success
+from atp_sandbox.scheduling.verdict import timed_out
 from atp_sandbox.settings import JournalMode
 from atp_sandbox.toolkit import NodeCall
 
@@ -195,6 +197,20 @@ def test_calls_are_refused_and_not_started_while_a_required_journal_cannot_be_wr
         served.close()
 
 
+def test_a_required_journal_that_was_removed_costs_no_call(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal"
+    served = Served(server.url, Journal(path, JournalMode.REQUIRED))
+    try:
+        path.unlink()
+        served.unit._upkeep()
+        assert path.exists()
+        assert served.unit._journal.refusal is None
+    finally:
+        served.close()
+
+
 def test_a_backend_that_reads_nothing_is_asked_nothing_more_and_then_gets_everything_once(
     served: Served, server: ScriptedServer
 ) -> None:
@@ -224,6 +240,18 @@ def test_a_backend_that_reads_nothing_is_asked_nothing_more_and_then_gets_everyt
     served.until(lambda: len(served.calls) == 61)
     served.answer(served.calls[60], 1)
     assert served.beside(lambda: answers(peer, 1))[0]["request_id"] == 60
+
+
+def test_a_call_that_failed_is_not_said_to_have_run_for_want_of_room(served: Served) -> None:
+    """Its answer is hardly longer than the one that would stand for it."""
+    unit = served.unit
+    unit._on_message(request(1).encode())
+    unit._session.reject("x" * MAX_OUTBOX_BYTES, served.loop.now())
+    (call,) = served.calls
+    assert isinstance(call.context, CallContext)
+    unit.answer(call.context, timed_out(Limits(), was_running=False))
+    *_, answer = unit._session.outbox.take(2 * MAX_OUTBOX_BYTES, served.loop.now())
+    assert json.loads(answer)["result"]["error_type"] == "timeout"
 
 
 def test_no_call_begins_while_the_backend_takes_no_answers(
