@@ -19,9 +19,13 @@ class Learned:
     """Denials of one run, gathered by toolkit."""
 
     def __init__(self, policies: Mapping[str, EgressPolicy]) -> None:
-        self._policies = policies
+        self._policies = dict(policies)
         self._hosts: dict[str, set[str]] = {}
         self._private: dict[str, set[str]] = {}
+
+    def expect(self, toolkit: str, policy: EgressPolicy) -> None:
+        """From now on `toolkit` is served with this policy."""
+        self._policies[toolkit] = policy
 
     def note(self, toolkit: str, host: str, port: int | None, reason: str) -> bool:
         """Whether this is something new that a line could allow."""

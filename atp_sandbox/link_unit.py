@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -34,7 +34,12 @@ from atp_sandbox.atp.messages import (
 )
 from atp_sandbox.atp.outbox import MAX_OUTBOX_BYTES
 from atp_sandbox.atp.record import Record, Stage
-from atp_sandbox.atp.registration import Registrar, RegistrationEntry
+from atp_sandbox.atp.registration import (
+    Registered,
+    Registrar,
+    RegistrationEntry,
+    RegistrationEvent,
+)
 from atp_sandbox.atp.session import Forgotten, Resend, Running, Session, Start
 from atp_sandbox.journal import UNAVAILABLE, Journal
 from atp_sandbox.limits import MIB, format_size
@@ -52,17 +57,17 @@ _UPKEEP_S = 5.0
 """Between two looks at what only time changes."""
 
 NOT_STARTED = Failure(
-    Kind.INTERRUPTED, "The server ended before this call was started; it did not run."
+    Kind.INTERRUPTED,
+    "The server ended before this call was started; it did not run.",
+    never_ran=True,
 )
 MAY_HAVE_RUN = Failure(
     Kind.INTERRUPTED,
     "The server ended while this call was at work; it may have run, in part or to its end.",
-    may_have_run=True,
 )
 ANSWER_GONE = Failure(
     Kind.INTERRUPTED,
     "This request was answered before; its answer is kept no longer, and it is not run again.",
-    may_have_run=True,
 )
 
 
@@ -79,6 +84,7 @@ class LinkOwner(Protocol):
     """What the supervisor is asked and told."""
 
     def submit(self, call: NodeCall) -> None: ...
+    def link_announced(self, unit: LinkUnit) -> None: ...
     def link_connected(self, unit: LinkUnit) -> None: ...
     def link_refused(self, unit: LinkUnit, reason: str) -> None: ...
     def link_closed(self, unit: LinkUnit) -> None: ...
@@ -119,9 +125,20 @@ class LinkUnit:
             timings=LINK_TIMINGS,
         )
         self._registrar: Registrar | None = None
+        self._entries: dict[str, RegistrationEntry] = {}
+        """What the backend knows, or is to know, by name."""
+        self._untold: dict[str, RegistrationEntry] = {}
+        """What of it is still to be told."""
         self._flush_timer: Timer | None = None
         self._refusal: Failure | None = None
         self.was_connected = False
+        self.is_announced = False
+        """Whether the backend was told once of every tool, or could not be in time."""
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether no call is taken any more."""
+        return self._refusal is not None
 
     @property
     def is_settled(self) -> bool:
@@ -135,17 +152,62 @@ class LinkUnit:
 
     def register(self, entries: Sequence[RegistrationEntry], *, then_connect: bool) -> None:
         """Tell the backend of the tools; the link opens, if wanted, after each first attempt."""
-        address = self.address
+        self._entries = {entry.function_id: entry for entry in entries}
+        self._untold = dict(self._entries)
+
+        def announced() -> None:
+            self.is_announced = True
+            (self._link.start if then_connect else self.close)()
+            self._owner.link_announced(self)
+
+        self._start_registrar(entries, announced)
+
+    def take_over(
+        self,
+        tools: Mapping[str, ServedTool],
+        entries: Sequence[RegistrationEntry],
+        *,
+        toolkit: str,
+        removed: Collection[str],
+    ) -> None:
+        """From now on these tools of `toolkit`; the backend is told of `entries`, not of the rest.
+
+        It cannot be told that a tool was `removed`: requests for it are answered `unknown_tool`.
+        """
+        others = {name: one for name, one in self.tools.items() if one.toolkit != toolkit}
+        self.tools.clear()
+        self.tools.update(others | dict(tools))
+        for name in removed:
+            self._entries.pop(name, None)
+            self._untold.pop(name, None)
+        new = {entry.function_id: entry for entry in entries}
+        self._entries |= new
+        if new:
+            self._untold |= new
+            self._start_registrar(list(self._untold.values()), lambda: None)
+
+    def _start_registrar(
+        self, entries: Sequence[RegistrationEntry], on_first_round: Callable[[], None]
+    ) -> None:
+        address, before = self.address, self._registrar
+        if before is not None:
+            before.stop()
         self._registrar = Registrar(
             self._loop,
             address.base_url,
             address.api_key,
             address.generation,
             entries,
-            on_first_round=self._link.start if then_connect else self.close,
-            on_event=lambda _event: None,
+            all_entries=list(self._entries.values()),
+            after=before,
+            on_first_round=on_first_round,
+            on_event=self._on_registration,
         )
         self._registrar.start()
+
+    def _on_registration(self, event: RegistrationEvent) -> None:
+        if isinstance(event, Registered) or event.retry_in_s is None:
+            self._untold.pop(event.tool, None)
 
     def refuse(self, failure: Failure) -> None:
         """Answer every new request with `failure`."""

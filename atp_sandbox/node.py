@@ -6,9 +6,11 @@ drain, state; outcomes and what toolkits say of themselves come back as events.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,16 +23,17 @@ from atp_sandbox.errors import SandboxError
 from atp_sandbox.isolation import WITHOUT, Isolation, Waivable
 from atp_sandbox.jails.cgroup_mover import Mover
 from atp_sandbox.jails.cgroups import CgroupSupport, CgroupTree, detect, remove_stale
-from atp_sandbox.jails.farewell import Farewells
+from atp_sandbox.jails.farewell import PATIENCE_S, Farewells
 from atp_sandbox.jails.jail import SetupFailure
+from atp_sandbox.jails.janitor_service import Duty, JanitorService
 from atp_sandbox.jails.remedies import isolation_error
-from atp_sandbox.jails.snapshot import SnapshotHold, prune, take_snapshot
+from atp_sandbox.jails.snapshot import Snapshot, SnapshotHold, prune, take_snapshot
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ToolkitSettings
-from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch
+from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch, scratch_prefix
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
 USAGE_SAMPLE_S = 0.02
@@ -38,6 +41,23 @@ USAGE_SAMPLE_S = 0.02
 OUTPUT_S = 1.0
 """Between two looks at what toolkits print outside of calls."""
 _DISCOVERIES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TakenSnapshot:
+    """A snapshot that stays until its hold is closed."""
+
+    snapshot: Snapshot
+    hold: SnapshotHold
+
+
+def snapshot_of(settings: ToolkitSettings, state_dir: Path) -> TakenSnapshot:
+    """The toolkit as it is now; whoever has it closes its hold. SandboxError as `take_snapshot`."""
+    snapshot = take_snapshot(settings.path, settings.data, state_dir / "snapshots")
+    return TakenSnapshot(snapshot, SnapshotHold(snapshot))
+
+
+Prepared = Callable[[ServedToolkit, "Discovery | SandboxError"], None]
 
 
 class NodeListener(Protocol):
@@ -64,8 +84,14 @@ class Node:
         state_dir: Path,
         listener: NodeListener,
         reroutes: Sequence[Reroute] = (),
+        *,
+        has_janitor: bool = False,
     ) -> None:
-        """SandboxError if the state directory cannot be used."""
+        """SandboxError if the state directory cannot be used.
+
+        `has_janitor`: a process of its own clears up at once, should this one be killed; without,
+        control groups stay until the next start.
+        """
         prepare(state_dir)
         self._state_dir = state_dir
         self._loop = loop
@@ -77,24 +103,34 @@ class Node:
         self._cgroups: CgroupTree | None = None
         self._mover: Mover | None = None
         self._farewells = Farewells(loop)
+        self._has_janitor = has_janitor
+        self._janitor: JanitorService | None = None
         self._reroutes = reroutes
         self._egress: EgressService | None = None
         """Started for the first toolkit whose jails have a network of their own."""
-        self._holds: list[SnapshotHold] = []
+        self._holds: dict[ServedToolkit, SnapshotHold] = {}
         self._toolkits: dict[str, ServedToolkit] = {}
+        """The version of each toolkit that takes new calls."""
+        self._candidates: dict[ServedToolkit, Prepared] = {}
+        """Versions that do not serve yet."""
+        self._retired: list[ServedToolkit] = []
+        """Versions that have calls to finish, and get no new ones."""
+        self._versions = itertools.count(1)
+        self.on_version_ended: Callable[[], None] = lambda: None
+        """Called when a version has ended that others follow: its snapshot may be forgotten."""
         self._to_discover: deque[ServedToolkit] = deque()
-        self._discovering: set[str] = set()
+        self._discovering: set[ServedToolkit] = set()
         self._usage_timer: Timer | None = None
         self._output_timer: Timer | None = None
 
     @property
     def is_idle(self) -> bool:
         """Whether no call waits or runs."""
-        return all(toolkit.is_idle for toolkit in self._toolkits.values())
+        return all(toolkit.is_idle for toolkit in self.versions())
 
-    @property
-    def toolkits(self) -> Iterable[ServedToolkit]:
-        return self._toolkits.values()
+    def versions(self) -> Iterator[ServedToolkit]:
+        """All that have jails: those that serve, those to be, and those that finish their calls."""
+        return iter([*self._toolkits.values(), *self._candidates, *self._retired])
 
     @property
     def egress(self) -> EgressService | None:
@@ -107,6 +143,73 @@ class Node:
         ToolkitError if its files cannot be read, IsolationError if control groups are required and
         cannot be had. One of `toolkit_discovered` and `toolkit_failed` follows.
         """
+        self._provide(settings)
+        taken = snapshot_of(settings, self._state_dir)
+        self._toolkits[settings.name] = self._make(settings, taken)
+
+    # -- versions ----------------------------------------------------------------------------------
+
+    def serving(self, name: str) -> ServedToolkit | None:
+        """The version that takes new calls; None if there is none."""
+        return self._toolkits.get(name)
+
+    def retired(self, name: str) -> int:
+        """How many versions still finish their calls."""
+        return sum(1 for toolkit in self._retired if toolkit.name == name)
+
+    def prepare(self, settings: ToolkitSettings, taken: TakenSnapshot, then: Prepared) -> None:
+        """Make a version beside the one that serves, and find out what it registers.
+
+        `then(version, discovery)` or `then(version, error)` follows; after an error nothing of it
+        is left. Takes `taken` over. SandboxError as `add`.
+        """
+        try:
+            self._provide(settings)
+            toolkit = self._make(settings, taken)
+        except BaseException:
+            taken.hold.close()
+            raise
+        self._candidates[toolkit] = then
+
+    def swap(self, toolkit: ServedToolkit) -> None:
+        """New calls go to this prepared version; the one before finishes those that it has."""
+        del self._candidates[toolkit]
+        self.retire(toolkit.name)
+        self._toolkits[toolkit.name] = toolkit
+
+    def retire(self, name: str) -> None:
+        """No new calls for this toolkit; what waits and runs is finished, then its jails end."""
+        toolkit = self._toolkits.pop(name, None)
+        if toolkit is not None:
+            self._retired.append(toolkit)
+            self._loop.call_soon(self._close_retired)
+
+    def abandon(self, toolkit: ServedToolkit) -> None:
+        """End a prepared version that is not to serve."""
+        self._candidates.pop(toolkit, None)
+        if toolkit in self._to_discover:
+            self._to_discover.remove(toolkit)
+        self._discovering.discard(toolkit)
+        self._end(toolkit)
+        self.on_version_ended()
+        self._loop.call_soon(self._discover_next)
+
+    def _close_retired(self) -> None:
+        ended = [toolkit for toolkit in self._retired if toolkit.is_idle]
+        for toolkit in ended:
+            self._retired.remove(toolkit)
+            self._end(toolkit)
+        if ended:
+            self.on_version_ended()
+
+    def _end(self, toolkit: ServedToolkit) -> None:
+        toolkit.close()
+        hold = self._holds.pop(toolkit, None)
+        if hold is not None:
+            hold.close()
+
+    def _provide(self, settings: ToolkitSettings) -> None:
+        """What its jails need beside its own files."""
         isolation = settings.isolation
         for warning in isolation.warnings():
             log.emit(log.WARNING, "isolation_weakened", warning, toolkit=settings.name)
@@ -120,28 +223,32 @@ class Node:
             self._provide_cgroups(isolation)
         if os.geteuid() == 0 and not isolation.has_namespaces:
             let_others_pass(self._state_dir)
-        snapshot = take_snapshot(settings.path, settings.data, self._store)
-        for line in snapshot.skipped:
+        self._provide_janitor(isolation)
+
+    def _make(self, settings: ToolkitSettings, taken: TakenSnapshot) -> ServedToolkit:
+        """Begins its discovery as soon as its turn comes."""
+        for line in taken.snapshot.skipped:
             log.emit(log.WARNING, "snapshot_skipped", line, toolkit=settings.name)
-        self._holds.append(SnapshotHold(snapshot))
-        cgroups = self._cgroups if isolation.may_use_cgroups else None
+        cgroups = self._cgroups if settings.isolation.may_use_cgroups else None
         toolkit = ServedToolkit(
             self._loop,
             settings,
-            snapshot,
+            taken.snapshot,
             self._build_dir,
             cgroups,
             self._mover,
             self._farewells,
             self._provide_egress(settings),
             self,
+            next(self._versions),
         )
-        self._toolkits[settings.name] = toolkit
+        self._holds[toolkit] = taken.hold
         self._to_discover.append(toolkit)
-        self._discover_next()
+        self._loop.call_soon(self._discover_next)
         if self._usage_timer is None:
             self._watch_usage()
             self._log_output()
+        return toolkit
 
     def forget_old_snapshots(self) -> None:
         """Remove snapshots that neither this node nor any other process serves."""
@@ -149,7 +256,7 @@ class Node:
 
     def submit(self, call: NodeCall) -> None:
         """Run `call`; `call_finished` follows exactly once."""
-        toolkit = self._toolkits.get(call.toolkit)
+        toolkit = self._version_of(call)
         if toolkit is None or toolkit.state is State.FAILED:
             failure = Failure(Kind.UNAVAILABLE, f"The toolkit {call.toolkit} is not served.")
             self.call_finished(call, failure, "")
@@ -162,41 +269,67 @@ class Node:
 
     def drain(self) -> None:
         """Take no more calls; those that wait are answered `unavailable`, those that run go on."""
-        for toolkit in self._toolkits.values():
+        for toolkit in self.versions():
             toolkit.refuse(UNAVAILABLE_DRAINING)
 
-    def close(self) -> None:
-        """End every jail and give back what the node owned. Safe to call again."""
+    def interrupt(self) -> None:
+        """Answer what runs `interrupted` and end it. Calls that wait are not touched."""
+        for toolkit in self.versions():
+            toolkit.interrupt()
+
+    def close(self, *, patience_s: float = PATIENCE_S) -> None:
+        """End every jail and give back what the node owned. Safe to call again.
+
+        `patience_s`: for jails that end in order, before they are killed.
+        """
         for timer in (self._usage_timer, self._output_timer):
             if timer is not None:
                 timer.cancel()
-        for toolkit in self._toolkits.values():
-            toolkit.close()
-        self._farewells.close()
+        self._to_discover.clear()
+        for toolkit in self.versions():
+            self._end(toolkit)
+        self._farewells.close(patience_s)
         if self._egress is not None:
             self._egress.close()
-        for hold in self._holds:
-            hold.close()
-        self._holds.clear()
         if self._mover is not None:
             self._mover.close()
+        if self._janitor is not None:
+            # On version 2 it is in the group that we give back.
+            self._janitor.close()
         if self._cgroups is not None:
             self._cgroups.close()
 
     # -- what toolkits tell ------------------------------------------------------------------------
 
     def toolkit_discovered(self, toolkit: ServedToolkit, discovery: Discovery) -> None:
-        self._discovering.discard(toolkit.name)
-        self._listener.toolkit_discovered(toolkit, discovery)
+        self._discovering.discard(toolkit)
+        if toolkit in self._candidates:
+            # Later: it has not finished telling us.
+            self._loop.call_soon(lambda: self._tell_prepared(toolkit, discovery))
+        else:
+            self._listener.toolkit_discovered(toolkit, discovery)
         self._discover_next()
 
     def toolkit_failed(self, toolkit: ServedToolkit, error: SandboxError) -> None:
-        self._discovering.discard(toolkit.name)
-        self._listener.toolkit_failed(toolkit, error)
+        self._discovering.discard(toolkit)
+        if toolkit in self._candidates:
+            self._loop.call_soon(lambda: self._tell_prepared(toolkit, error))
+        else:
+            self._listener.toolkit_failed(toolkit, error)
         self._discover_next()
 
+    def _tell_prepared(self, toolkit: ServedToolkit, found: Discovery | SandboxError) -> None:
+        then = self._candidates.get(toolkit)
+        if then is None:
+            return  # abandoned meanwhile
+        if isinstance(found, SandboxError):
+            self.abandon(toolkit)
+        then(toolkit, found)
+
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
-        self._listener.client_stopped(toolkit, client)
+        # Of other versions nobody is served by that client, or not yet: the swap looks at it.
+        if self._toolkits.get(toolkit.name) is toolkit:
+            self._listener.client_stopped(toolkit, client)
 
     def call_starting(
         self, call: NodeCall, go: Callable[[], None], refuse: Callable[[Failure], None]
@@ -205,14 +338,24 @@ class Node:
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         self._listener.call_finished(call, outcome, printed)
+        if self._retired:
+            self._loop.call_soon(self._close_retired)
 
     # -- within ------------------------------------------------------------------------------------
 
     def _discover_next(self) -> None:
         while self._to_discover and len(self._discovering) < _DISCOVERIES_AT_ONCE:
             toolkit = self._to_discover.popleft()
-            self._discovering.add(toolkit.name)
+            self._discovering.add(toolkit)
             toolkit.discover()
+
+    def _version_of(self, call: NodeCall) -> ServedToolkit | None:
+        """The one whose tool it is; a call that was admitted before a swap is the old one's."""
+        serving = self._toolkits.get(call.toolkit)
+        if serving is not None and serving.serves(call.tool):
+            return serving
+        others = (*self._candidates, *self._retired)
+        return next((one for one in others if one.serves(call.tool)), None)
 
     def _provide_egress(self, settings: ToolkitSettings) -> EgressService | None:
         if not settings.isolation.has_namespaces:
@@ -228,12 +371,13 @@ class Node:
         return self._egress
 
     def _on_egress_failed(self, error: EgressError) -> None:
-        """Nothing was served yet, and nothing can be: what is refused could not be told apart."""
-        for toolkit in self._toolkits.values():
+        """None of these can be served: what is refused to them could not be told apart."""
+        for toolkit in self.versions():
             isolation = toolkit.settings.isolation
             if toolkit.state is State.DISCOVERING and isolation.has_namespaces:
                 failure = SetupFailure(error.step, str(error))
-                self._listener.toolkit_failed(toolkit, isolation_error(failure, isolation))
+                told = self if toolkit in self._candidates else self._listener
+                told.toolkit_failed(toolkit, isolation_error(failure, isolation))
 
     def _provide_cgroups(self, isolation: Isolation) -> None:
         """Control groups for our jails, if they can be made; else what is missing is told."""
@@ -259,13 +403,25 @@ class Node:
             error.tip = f"{self._cgroup_support.remedy} {error.tip}"
             raise error
 
+    def _provide_janitor(self, isolation: Isolation) -> None:
+        """Have somebody clear up what a jail of this isolation would leave if we were killed."""
+        if not self._has_janitor or (self._cgroups is None and isolation.has_namespaces):
+            return
+        groups = None if self._cgroups is None else self._cgroups.place
+        duty = Duty(scratch_prefix(self._build_dir.parent), groups)
+        if self._janitor is not None and self._janitor.duty != duty:
+            self._janitor.close()
+            self._janitor = None
+        if self._janitor is None:
+            self._janitor = JanitorService(self._loop, duty)
+
     def _watch_usage(self) -> None:
-        for toolkit in self._toolkits.values():
+        for toolkit in self.versions():
             toolkit.watch_usage()
         self._usage_timer = self._loop.call_later(USAGE_SAMPLE_S, self._watch_usage)
 
     def _log_output(self) -> None:
-        for toolkit in self._toolkits.values():
+        for toolkit in self.versions():
             toolkit.log_output()
         if self._egress is not None:
             self._egress.log_output()

@@ -32,8 +32,9 @@ class Kind(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
-RETRYABLE = frozenset({Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.INTERRUPTED, Kind.INTERNAL_ERROR})
-"""Kinds where the same call may well succeed later. A crash or a limit will most likely repeat."""
+RETRYABLE = frozenset({Kind.OVERLOADED, Kind.UNAVAILABLE, Kind.INTERNAL_ERROR})
+"""Kinds where the same call may well succeed later. A crash or a limit will most likely repeat, and
+what was interrupted may have done its work already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,12 @@ class Failure:
     retry_after_s: float | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     """Further plain JSON members, for example the names of missing parameters."""
-    may_have_run: bool = False
-    """For `interrupted`: trying again might do the same thing twice."""
+    never_ran: bool = False
+    """For `interrupted`: trying again cannot do the same thing twice."""
 
     @property
     def retryable(self) -> bool:
-        return self.kind in RETRYABLE and not self.may_have_run
+        return self.kind in RETRYABLE or self.never_ran
 
 
 Outcome = Success | Failure

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from atp_sandbox.admission import ServedTool
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Client, Discovery, Tool
-from atp_sandbox.errors import BackendError, SandboxError, UsageError
+from atp_sandbox.errors import BackendError, SandboxError, ToolkitError, UsageError
 from atp_sandbox.log import printable
 from atp_sandbox.settings import BackendSettings
 
@@ -71,15 +71,52 @@ def route(discoveries: Mapping[str, Discovery], backend: BackendSettings) -> tup
 
     UsageError if neither the operator nor, by the operator's leave, the toolkits say where to.
     """
-    app_name = backend.app_name
-    if app_name is not None and sum(len(d.clients) for d in discoveries.values()) > 1:
-        app_name = None
+    app_name = _app_name(discoveries, backend)
     as_written = backend.as_written
     targets = _as_written(discoveries) if as_written else _operators(discoveries, backend)
     return tuple(
         _route(base_url, api_key, owners, discoveries, app_name)
         for (base_url, api_key), owners in targets.items()
     )
+
+
+def reroute(
+    toolkit: str,
+    discoveries: Mapping[str, Discovery],
+    backend: BackendSettings,
+    links: Mapping[tuple[str, str], Mapping[str, ServedTool]],
+) -> tuple[Mapping[tuple[str, str], Route], tuple[str, ...]]:
+    """Where a new version of `toolkit` is served: a route for each link, and who else is named.
+
+    `discoveries` has its new one. `links` are those that are open, by address and key, with what
+    they serve. No version opens another, nor takes a name that another toolkit serves: links that
+    it names beside them are only told of, as they may be shown. ToolkitError if it names no other.
+    """
+    app_name = _app_name(discoveries, backend)
+    mine = {toolkit: discoveries[toolkit]}
+    try:
+        targets = _as_written(mine) if backend.as_written else _operators(mine, backend)
+    except UsageError as error:
+        raise ToolkitError(error.message, cause=error.cause) from None
+    others = [link for link in targets if link not in links]
+    unknown = tuple(LinkAddress(url, key).redacted for url, key in others)
+    if len(unknown) == len(targets):
+        raise ToolkitError(
+            f"Toolkit {toolkit} names no link that is open.",
+            cause=f"it names {', '.join(map(printable, unknown))}",
+            tip="Which links there are is settled at the start; restart to open others.",
+        )
+    routes = {}
+    for link, tools in links.items():
+        held = {name: served for name, served in tools.items() if served.toolkit != toolkit}
+        routes[link] = _route(*link, targets.get(link, []), mine, app_name, held)
+    return routes, unknown
+
+
+def _app_name(discoveries: Mapping[str, Discovery], backend: BackendSettings) -> str | None:
+    """The operator's, if there is but one client that it can be meant for."""
+    clients = sum(len(discovery.clients) for discovery in discoveries.values())
+    return backend.app_name if clients <= 1 else None
 
 
 Owners = list[tuple[str, int]]
@@ -158,7 +195,9 @@ def _route(
     owners: Owners,
     discoveries: Mapping[str, Discovery],
     app_name: str | None,
+    held: Mapping[str, ServedTool] | None = None,
 ) -> Route:
+    """`held`: what is served there already, by toolkits that are not looked at."""
     tools: dict[str, ServedTool] = {}
     registered: list[ServedTool] = []
     refused: list[RefusedTool] = []
@@ -169,7 +208,7 @@ def _route(
         for tool in discovery.registrations:
             if (toolkit, tool.client) not in wanted:
                 continue
-            holder = tools.get(tool.name)
+            holder = tools.get(tool.name) or (held or {}).get(tool.name)
             if holder is not None and holder.toolkit != toolkit:
                 refused.append(RefusedTool(toolkit, tool.name, _taken(tool, holder.toolkit)))
                 continue
@@ -183,7 +222,7 @@ def _route(
 
 
 def _taken(tool: Tool, holder: str) -> str:
-    return f"{printable(tool.name)} is already served by toolkit {holder}, which comes first"
+    return f"{printable(tool.name)} is already served by toolkit {holder}, which came first"
 
 
 def refused_by_backend(url: str, reason: str) -> BackendError:

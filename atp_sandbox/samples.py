@@ -30,7 +30,9 @@ class SampleCalls:
         self._outcomes: dict[tuple[str, int], Outcome] = {}
 
     def start(self, now: float) -> None:
-        """Submit all of them; the deadline of each runs from `now`."""
+        """Submit all of them, with this as their context; the deadline of each runs from `now`."""
+        if not self._tools:
+            self._on_done()
         for served in self._tools:
             params = dict.fromkeys(served.tool.params, "sample_value")
             self._submit(
@@ -40,6 +42,7 @@ class SampleCalls:
                     params=json.dumps(params).encode(),
                     token=_TOKEN,
                     received_at=now,
+                    context=self,
                     is_sample=True,
                 )
             )
@@ -50,6 +53,6 @@ class SampleCalls:
         if len(self._outcomes) == len(self._tools):
             self._on_done()
 
-    def outcome(self, served: ServedTool) -> Outcome:
-        """How the sample call of `served` ended."""
-        return self._outcomes[served.toolkit, served.tool.index]
+    def outcome(self, served: ServedTool) -> Outcome | None:
+        """How the sample call of `served` ended; None if there was none."""
+        return self._outcomes.get((served.toolkit, served.tool.index))

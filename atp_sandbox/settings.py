@@ -80,6 +80,8 @@ class BackendSettings:
     """Where to connect and as whom; None means: not said by the operator."""
 
     api_key: str | None = field(default=None, repr=False)
+    api_key_file: str | None = None
+    """Where the key was read from, if that was a file."""
     base_url: str | None = None
     app_name: str | None = None
     as_written: bool = False
@@ -127,5 +129,7 @@ class ServeSettings:
     log_format: str = "text"
     reroutes: tuple[Reroute, ...] = ()
     options: ServeOptions = field(default_factory=ServeOptions)
+    config_path: Path | None = None
+    """Where all this was read from, if that was a file."""
     learns_egress: bool = False
     """Say at the end which lines would allow what was refused."""

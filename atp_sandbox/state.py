@@ -30,6 +30,8 @@ SNAPSHOTS, JOURNALS, LOCKS, RUN = "snapshots", "journals", "locks", "run"
 SUBDIRECTORIES = (SNAPSHOTS, JOURNALS, LOCKS, RUN)
 
 _SCRATCH = "scratch-"
+_PROCESS_TOKEN = secrets.token_hex(4)
+"""Tells what is ours from what a dead process of our number left."""
 _SECRET_NAME = "secret"
 _SECRET_BYTES = 32
 _MAX_PID_BYTES = 20
@@ -94,9 +96,14 @@ def let_others_pass(state_dir: Path) -> None:
         directory.chmod(0o711)
 
 
+def scratch_prefix(parent: Path) -> str:
+    """How the paths of all plain scratch directories of this process begin."""
+    return str(parent / f"{_SCRATCH}{os.getpid()}-{_PROCESS_TOKEN}-")
+
+
 def scratch_directory(parent: Path) -> Path:
     """A name in `parent` for the plain scratch of one jail, which makes it."""
-    return parent / f"{_SCRATCH}{os.getpid()}-{secrets.token_hex(8)}"
+    return Path(scratch_prefix(parent) + secrets.token_hex(8))
 
 
 def remove_stale_scratch(parent: Path) -> None:

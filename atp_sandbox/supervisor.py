@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import assert_never
 
 from atp_sandbox import log, routing
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
+from atp_sandbox.drain import Drain, Step
 from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
 from atp_sandbox.journal import Journal, journal_path, remove_unused
 from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
-from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
 from atp_sandbox.outcome import Failure, Outcome
+from atp_sandbox.reloader import Reloader
 from atp_sandbox.samples import SampleCalls
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ServeSettings
@@ -29,12 +33,8 @@ from atp_sandbox.state import LinkLock
 from atp_sandbox.toolkit import NodeCall, ServedToolkit
 
 DRAIN_LOOK_S = 0.02
-SEND_GRACE_S = 5.0
-"""For answers to leave after the last call ended, before the rest of them is given up."""
 _SECRET_CHARS = 6
 """Shorter strings of a token, such as its kind, are no secret and stand in many texts."""
-SHUTDOWN_S = 2.0
-"""For links to say good-bye."""
 SCRIPT_END_S = 1.0
 """For what a toolkit's script still does after `stop()` let its `start()` return."""
 
@@ -43,14 +43,22 @@ class Supervisor:
     """Runs one `serve`; `run()` returns the exit code. All but `request_stop` in one thread."""
 
     def __init__(
-        self, settings: ServeSettings, *, on_ready: Callable[[], None] | None = None
+        self,
+        settings: ServeSettings,
+        *,
+        on_ready: Callable[[], None] | None = None,
+        reread: Callable[[], ServeSettings] | None = None,
     ) -> None:
-        """SandboxError if the state directory cannot be used."""
+        """SandboxError if the state directory cannot be used.
+
+        `reread` reads the settings anew when they, or the toolkits, are to be reloaded; without it
+        nothing is.
+        """
         self._settings = settings
         self.on_ready = on_ready or (lambda: None)
         """Called in the loop once every link is connected."""
         self._loop = Loop()
-        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes)
+        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes, has_janitor=True)
         self._undecided = {toolkit.name for toolkit in settings.toolkits}
         self._discoveries: dict[str, Discovery] = {}
         self._stopped_clients: set[tuple[str, int]] = set()
@@ -61,11 +69,13 @@ class Supervisor:
         self._error: SandboxError | None = None
         self._is_ready = False
         self._stop_requests = 0
-        self._drain_deadline = 0.0
-        self._drain_timer: Timer | None = None
+        self._drain: Drain | None = None
         self._started_at = time.monotonic()
         self.learned = Learned({t.name: t.egress for t in settings.toolkits})
         self.routes: tuple[routing.Route, ...] = ()
+        self._reloader: Reloader | None = None
+        if reread is not None:
+            self._reloader = Reloader(self._loop, self._node, self, reread, settings.state_dir)
 
     def run(self, *, handle_signals: bool = True) -> int:
         """Serve until stopped: 0 after a drain, 1 if nothing can be served.
@@ -78,13 +88,21 @@ class Supervisor:
                     # What nohup(1) set is kept: whoever started us does not want to be hung up.
                     if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                         continue
-                    self._loop.on_signal(number, self._on_stop_request)
+                    is_reload = number is signal.SIGHUP and self._reloader is not None
+                    self._loop.on_signal(
+                        number, self._on_reload_request if is_reload else self._on_stop_request
+                    )
             self._loop.call_soon(self._start)
             self._loop.run()
         finally:
+            if self._reloader is not None:
+                self._reloader.close()
             for unit in list(self._open_units):
                 unit.close()
-            self._node.close()
+            if self._drain is None:
+                self._node.close()
+            else:
+                self._node.close(patience_s=self._drain.patience_s(self._loop.now()))
             for unit in self._units:
                 unit.release()
             for lock in self._locks:
@@ -204,6 +222,8 @@ class Supervisor:
             )
 
     def _register(self) -> None:
+        if self._drain is not None:
+            return  # asked to stop while the sample calls ran
         for unit, found in zip(self._units, self.routes, strict=True):
             if unit not in self._open_units:
                 continue  # its clients were stopped while the sample calls ran
@@ -221,6 +241,11 @@ class Supervisor:
 
     def submit(self, call: NodeCall) -> None:
         self._node.submit(call)
+
+    def link_announced(self, unit: LinkUnit) -> None:
+        is_all = bool(self._open_units) and all(one.is_announced for one in self._open_units)
+        if self._reloader is not None and is_all and not self._stop_requests:
+            self._reloader.start(self._units, self.routes)
 
     def link_connected(self, unit: LinkUnit) -> None:
         if self._is_ready or not all(u.was_connected for u in self._open_units):
@@ -272,10 +297,10 @@ class Supervisor:
 
     def call_finished(self, call: NodeCall, outcome: Outcome, printed: str) -> None:
         context = call.context
-        if not isinstance(context, CallContext):
-            assert self._samples is not None
-            self._samples.finished(call, outcome)
+        if isinstance(context, SampleCalls):
+            context.finished(call, outcome)
             return
+        assert isinstance(context, CallContext)
         secrets = _secrets(call)
         if printed:
             log.emit(
@@ -299,6 +324,54 @@ class Supervisor:
             )
         context.unit.answer(context, outcome)
 
+    # -- reload ------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> ServeSettings:
+        """As they hold now."""
+        return self._settings
+
+    @property
+    def open_units(self) -> Sequence[LinkUnit]:
+        return self._open_units
+
+    @property
+    def discoveries(self) -> Mapping[str, Discovery]:
+        return self._discoveries
+
+    def version_served(self, toolkit: ServedToolkit, discovery: Discovery) -> None:
+        """A new version takes the calls of its toolkit from now on."""
+        name = toolkit.name
+        self._discoveries[name] = discovery
+        others = [one for one in self._settings.toolkits if one.name != name]
+        self._settings = replace(self._settings, toolkits=(*others, toolkit.settings))
+        self.learned.expect(name, toolkit.settings.egress)
+        # Clients are numbered anew: what the old version stopped says nothing of these.
+        self._stopped_clients = {one for one in self._stopped_clients if one[0] != name}
+        for client in sorted(toolkit.stopped_clients):
+            self.client_stopped(toolkit, client)
+
+    def toolkit_removed(self, name: str) -> None:
+        """It is not served any more, nor asked for."""
+        self._discoveries.pop(name, None)
+        left = tuple(one for one in self._settings.toolkits if one.name != name)
+        self._settings = replace(self._settings, toolkits=left)
+        self._stopped_clients = {one for one in self._stopped_clients if one[0] != name}
+
+    def settings_read(self, settings: ServeSettings) -> None:
+        """What needs no restart is taken from them; toolkits come one by one."""
+        taken = replace(
+            self._settings.options,
+            grace_s=settings.options.grace_s,
+            reloads=settings.options.reloads,
+        )
+        self._settings = replace(self._settings, options=taken)
+
+    def _on_reload_request(self) -> None:
+        assert self._reloader is not None
+        if not self._stop_requests:
+            self._reloader.reload_all()
+
     # -- end ---------------------------------------------------------------------------------------
 
     def client_stopped(self, toolkit: ServedToolkit, client: int) -> None:
@@ -307,7 +380,7 @@ class Supervisor:
         self._stopped_clients.add((toolkit.name, client))
         for unit in list(self._open_units):
             of_unit = {(served.toolkit, served.tool.client) for served in unit.tools.values()}
-            if of_unit <= self._stopped_clients:
+            if of_unit and of_unit <= self._stopped_clients:
                 unit.refuse(UNAVAILABLE_STOPPED)
                 self._close_when_settled(unit)
         discovery = self._discoveries[toolkit.name]
@@ -326,26 +399,36 @@ class Supervisor:
         if self._stop_requests > 1 or not self._units:
             self._loop.stop()
             return
-        log.emit(log.INFO, "draining", "no new calls; running ones may finish")
+        if self._reloader is not None:
+            self._reloader.stop()
+        grace_s = self._settings.options.grace_s
+        if grace_s is None:
+            versions = self._node.versions()
+            grace_s = max((one.settings.limits.time_s for one in versions), default=0.0)
+        log.emit(log.INFO, "draining", "no new calls; running ones may finish", grace_s=grace_s)
         for unit in self._open_units:
             unit.refuse(UNAVAILABLE_DRAINING)
         self._node.drain()
-        longest_s = max(t.limits.time_s for t in self._settings.toolkits)
-        self._drain_deadline = self._loop.now() + longest_s + SEND_GRACE_S
-        self._look_whether_drained()
+        self._drain = Drain(self._loop.now(), grace_s)
+        self._go_on_draining(self._drain)
 
-    def _look_whether_drained(self) -> None:
-        now = self._loop.now()
-        if self._node.is_idle:
-            # From here on only answers have to leave, and only where there is a way.
-            self._drain_deadline = min(self._drain_deadline, now + SEND_GRACE_S)
+    def _go_on_draining(self, drain: Drain) -> None:
         settled = all(unit.is_settled for unit in self._open_units)
-        if (self._node.is_idle and settled) or now >= self._drain_deadline:
-            self._loop.call_later(SHUTDOWN_S, self._loop.stop)
-            for unit in list(self._open_units):
-                unit.close()
-            return
-        self._drain_timer = self._loop.call_later(DRAIN_LOOK_S, self._look_whether_drained)
+        step = drain.step(self._loop.now(), is_idle=self._node.is_idle, is_settled=settled)
+        match step:
+            case Step.WAIT:
+                pass
+            case Step.INTERRUPT:
+                log.emit(log.WARNING, "interrupting", "the grace is over: running calls are ended")
+                self._node.interrupt()
+            case Step.CLOSE_LINKS:
+                for unit in list(self._open_units):
+                    unit.close()
+            case Step.LEAVE:
+                self._loop.stop()
+            case _:
+                assert_never(step)
+        self._loop.call_later(DRAIN_LOOK_S, lambda: self._go_on_draining(drain))
 
     def _fail(self, error: SandboxError) -> None:
         self._error = self._error or error

@@ -99,16 +99,19 @@ class ServedToolkit:
         farewells: Farewells,
         egress: EgressService | None,
         listener: ToolkitListener,
+        version: int = 1,
     ) -> None:
         """`build_dir` is an empty directory, in one where plain scratch directories may be made.
 
-        `egress` is None where jails have no network of their own.
+        `egress` is None where jails have no network of their own. `version` is a number that no
+        other version of this toolkit has.
         """
         self._loop = loop
         self.settings = settings
         self.name = settings.name
         self.lifetime = settings.lifetime
-        self._snapshot = snapshot
+        self.version = version
+        self.snapshot = snapshot
         self._build_dir = build_dir
         self._cgroups = cgroups
         self._mover = mover
@@ -191,6 +194,20 @@ class ServedToolkit:
     def refuse(self, failure: Failure) -> None:
         """Answer what waits and what comes with `failure`; what runs goes on."""
         self._obey(self._pool.refuse(failure))
+
+    def serves(self, tool: Tool) -> bool:
+        """Whether `tool` was registered by this version: workers go by its place among them all."""
+        found = () if self.discovery is None else self.discovery.registrations
+        return tool.index < len(found) and found[tool.index] is tool
+
+    @property
+    def stopped_clients(self) -> frozenset[int]:
+        """Clients that the toolkit itself has stopped."""
+        return frozenset(self._stopped_clients)
+
+    def interrupt(self) -> None:
+        """Answer what runs `interrupted`, and end it."""
+        self._obey(self._pool.interrupt(self._loop.now()))
 
     @property
     def is_idle(self) -> bool:
@@ -304,9 +321,9 @@ class ServedToolkit:
         self._restart_error = None
         self.landlock_abi = jail.landlock_abi
         is_first = self.discovery is None
-        self.discovery = discovery
         self.state = State.SERVING
         if is_first:
+            self.discovery = discovery
             self._settle_lifetime(threads)
             self._listener.toolkit_discovered(self, discovery)
         if self.state is State.SERVING:
@@ -585,7 +602,7 @@ class ServedToolkit:
         if self._cgroups is not None:
             calls = 1 if self.lifetime.kind is LifetimeKind.JAIL else 2 * limits.concurrency
             group = self._cgroups.jail(
-                f"{self.name}-{self._jails_made}",
+                f"{self.name}-{self.version}-{self._jails_made}",
                 memory_bytes=RESTING_BYTES + (1 + calls) * limits.memory_bytes,
                 pids_max=jail_processes(limits),
             )
@@ -600,7 +617,7 @@ class ServedToolkit:
         return jail
 
     def _spec(self, network: JailNetwork | None) -> JailSpec:
-        snapshot, settings = self._snapshot, self.settings
+        snapshot, settings = self.snapshot, self.settings
         directory = self._build_dir
         if not settings.isolation.has_namespaces:
             directory = scratch_directory(directory.parent)

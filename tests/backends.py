@@ -41,6 +41,7 @@ class FakeBackend:
         self.registered: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self._links: queue.Queue[FakeLink] = queue.Queue()
+        self._all_links: list[FakeLink] = []
         self._server = serve(
             self._on_link,
             "127.0.0.1",
@@ -74,6 +75,8 @@ class FakeBackend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for link in self._all_links:
+            link.reads.set()
         self._server.shutdown()
         self._thread.join()
 
@@ -107,6 +110,7 @@ class FakeBackend:
 
         connection.protocol.send_frame = send_unless_mute  # type: ignore[method-assign]
         link = FakeLink(connection)
+        self._all_links.append(link)
         self._links.put(link)
         link.read()
 
@@ -131,12 +135,16 @@ class FakeLink:
         """Everything that was received."""
         self.close_code: int | None = None
         self.is_closed = False
+        self.reads = threading.Event()
+        """Without it nothing is taken, until no more fits between the two sides."""
+        self.reads.set()
 
     def read(self) -> None:
         """Collect until the end; runs in the thread of the connection."""
         try:
             for message in self._connection:
                 self.texts.append(message if isinstance(message, str) else message.decode())
+                self.reads.wait()
         except ConnectionClosed:
             pass
         finally:

@@ -209,7 +209,10 @@ class ServedNode:
         given = params or {}
         token_json = None if token is None else json.dumps(token)
         request = ToolRequest('"1"', tool, given, json.dumps(given), token_json)
-        tools = {t.name: ServedTool(self._name, "", t) for t in self.discovery.registrations}
+        serving = self.node.serving(self._name)
+        assert serving is not None
+        found = serving.discovery or self.discovery
+        tools = {t.name: ServedTool(self._name, "", t) for t in found.registrations}
         refusal = admit(request, tools)
         if refusal is not None:
             self._finish(ticket, refusal, "")

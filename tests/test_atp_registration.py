@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 from atp_sandbox.atp.registration import (
     Registered,
@@ -177,6 +178,7 @@ class Registration:
         generation: str = "0.1",
         key: str = KEY,
         timings: RegistrationTimings = FAST,
+        after: Registrar | None = None,
     ) -> Registrar:
         self.registrar = Registrar(
             self.loop,
@@ -184,6 +186,7 @@ class Registration:
             key,
             generation,
             entries,
+            after=after,
             on_first_round=self._on_first_round,
             on_event=self.events.append,
             timings=timings,
@@ -458,6 +461,24 @@ def test_nothing_is_called_after_stop(backend: Backend, registration: Registrati
     hold.set()
     registration.loop.run_until(lambda: False, 0.2)
     assert (registration.events, registration.first_rounds) == ([], 0)
+
+
+def test_what_follows_waits_for_the_post_at_hand_and_only_for_that(
+    backend: Backend, registration: Registration
+) -> None:
+    """An old registration that arrives after a new one would be what the backend believes."""
+    hold = threading.Event()
+    backend.script = [Answer(hold=hold)]
+    first = registration.start(backend.url, entry("a", "old"), entry("b"))
+    wait_until(lambda: backend.posts, "the first post")
+    first.stop()
+    registration.start(backend.url, entry("a", "new"), after=first)
+    registration.loop.run_until(lambda: False, 0.2)
+    assert [post.tool for post in backend.posts] == ["a"]
+    hold.set()
+    assert registration.until_events(1) == [Registered("a")]
+    assert [post.tool for post in backend.posts] == ["a", "a"]
+    assert b'"source_code": "new"' in backend.posts[1].body
 
 
 # --- secrets

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from backends import ROOT, FakeBackend, Serving
-from conftest import LogLine, toolkit_text, wait_until
+from conftest import LogLine, processes_named, toolkit_text, wait_until
 
 from atp_sandbox import journal as journal_module
 from atp_sandbox.atp.messages import ToolRequest
@@ -295,15 +295,15 @@ def test_a_required_journal_that_cannot_be_written_takes_no_calls_until_it_can(
 # -- a whole serve ---------------------------------------------------------------------------------
 
 KIT = """
-    import os, random, time
+    import ctypes, os, random, time
 
     @tool
     def echo(value=None, **_):
         return [value, random.random()]
 
     @tool
-    def slow(value, **_):
-        print("slow runs", flush=True)
+    def slow(value, comm="slow", **_):
+        ctypes.CDLL(None).prctl(15, comm.encode(), 0, 0, 0)  # to be seen from outside
         time.sleep(value)
         return ["slept", random.random()]
 """
@@ -342,7 +342,9 @@ def test_a_killed_serve_answers_everything_once_when_it_is_back(
     with serving(kit, backend, tmp_path, "--concurrency", "1") as first:
         link = backend.accept()
         answered = link.call("answered", "echo", value=1)
-        link.request("started", "slow", value=60)
+        comm = f"slow-{os.getpid()}"
+        link.request("started", "slow", value=60, comm=comm)
+        wait_until(lambda: processes_named(comm), "the tool to run")
         link.request("queued", "slow", value=60)
         link.request("refused", "nosuch")
         assert link.result("refused")["error_type"] == "unknown_tool"
@@ -356,8 +358,8 @@ def test_a_killed_serve_answers_everything_once_when_it_is_back(
         assert (queued["error_type"], queued["retryable"]) == ("interrupted", True)
         assert "did not run" in queued["error"]
         # A backend that asks again gets what it has got, or hears that this is not kept.
-        for request_id in ("started", "queued"):
-            link.request(request_id, "slow", value=60)
+        link.request("started", "slow", value=60, comm=comm)
+        link.request("queued", "slow", value=60)
         link.request("answered", "echo", value=1)
         wait_until(lambda: len(link.texts) >= 5, "all of them again")
         again = [a for a in link.answers if a["request_id"] == "answered"]

@@ -49,6 +49,8 @@ def _load_package(msgpack_path: str) -> None:
     package = importlib.util.module_from_spec(spec)
     sys.modules[PRIVATE_NAME] = package
     spec.loader.exec_module(package)
+    # Before anything that takes long: whoever stops us now is to keep nothing here for ever.
+    importlib.import_module(f"{PRIVATE_NAME}.confinement.privileges").die_with_parent()
     sys.path.append(msgpack_path)
     for name in _MODULES:
         importlib.import_module(f"{PRIVATE_NAME}.{name}")

@@ -1,9 +1,9 @@
 """The jail's first process: ours, privileged inside its user namespace only, and dull on purpose.
 
 It reaps every process of the jail, makes and removes scratch, and ends everything by ending itself:
-when the supervisor goes, its channel closes, and the kernel kills the whole PID namespace. Where
-there is none, it ends all of its descendants first. It never runs toolkit code and holds no toolkit
-data.
+when the supervisor goes, its channel closes and the kernel kills it, and with it the whole PID
+namespace. Where there is none, it ends all of its descendants first. It never runs toolkit code and
+holds no toolkit data.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def start(plan: Plan) -> NoReturn:
     """Build the jail described by `plan` and become its warden; never returns."""
     channel = socket.socket(fileno=plan["warden_fd"])
     try:
+        _end_with_supervisor(channel)
         _run_steps(plan)
+        _end_with_supervisor(channel)
     except StepFailed as failed:
         _report_failure(channel, failed)
         os._exit(1)
@@ -54,6 +56,18 @@ def start(plan: Plan) -> NoReturn:
         sys.stderr.write(f"warden: {type(error).__name__}: {error}\n")
         sys.stderr.flush()
     os._exit(1)
+
+
+def _end_with_supervisor(channel: socket.socket, *, tidies: bool = False) -> None:
+    """Be killed when the supervisor ends, also while this process is stopped.
+
+    `tidies`: be woken only, so as to end in order.
+    """
+    _step("parent", privileges.wake_with_parent if tidies else privileges.die_with_parent)
+    # It may have ended before: then no signal comes any more.
+    with contextlib.suppress(BlockingIOError):
+        if not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            os._exit(1)
 
 
 def _run_steps(plan: Plan) -> None:
@@ -91,6 +105,7 @@ def _see_that_files_can_be_read(plan: Plan) -> None:
 def _run(plan: Plan, channel: socket.socket) -> NoReturn:
     privileges.hide_from_tracers()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _end_with_supervisor(channel, tidies=plan["root"] is None)
     if plan["root"] is None:
         _step("subreaper", syscalls.prctl, syscalls.PR_SET_CHILD_SUBREAPER, 1)
         slots: scratch.Slots = scratch.PlainSlots(plan)
@@ -102,9 +117,23 @@ def _run(plan: Plan, channel: socket.socket) -> NoReturn:
             _step("network", listeners.bind_and_pass, plan["network"]["ports"], plan["network_fd"])
         _step("pivot_root", root.enter, plan)
         slots = scratch.MountedSlots(plan)
-    _step("scratch", slots.prepare)
-    for slot in range(1, plan["scratch"]["first_slots"]):
-        _step("scratch", slots.renew, slot)
+    zygote_pid = 0
+    try:
+        _step("scratch", slots.prepare)
+        for slot in range(1, plan["scratch"]["first_slots"]):
+            _step("scratch", slots.renew, slot)
+        wake_reader, zygote_pid = _start_zygote(plan, channel)
+        channel.sendall(frames.encode("up", zygote_pid))
+        _serve(channel, slots, wake_reader, None if plan["reports_all_exits"] else zygote_pid)
+    finally:
+        if plan["root"] is None:
+            _end_descendants(zygote_pid)
+            slots.close()
+    os._exit(0)
+
+
+def _start_zygote(plan: Plan, channel: socket.socket) -> tuple[int, int]:
+    """A descriptor that tells of ended processes, and the zygote's process id."""
     wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
@@ -115,17 +144,13 @@ def _run(plan: Plan, channel: socket.socket) -> NoReturn:
         os.close(wake_reader)
         os.close(wake_writer)
         channel.close()
-        zygote.start(plan)
+        try:
+            zygote.start(plan)
+        finally:
+            os._exit(1)  # never back into what only the warden does
     os.close(plan["zygote_fd"])
     os.close(plan["output_fd"])
-    channel.sendall(frames.encode("up", zygote_pid))
-    try:
-        _serve(channel, slots, wake_reader, None if plan["reports_all_exits"] else zygote_pid)
-    finally:
-        if plan["root"] is None:
-            _end_descendants(zygote_pid)
-            slots.close()
-    os._exit(0)
+    return wake_reader, zygote_pid
 
 
 def _serve(
@@ -198,13 +223,14 @@ def _children_of(pid: int) -> list[int]:
 
 
 def _end_descendants(group: int) -> None:
-    """Without a PID namespace: kill the zygote's group, which its filter lets nobody leave.
+    """Without a PID namespace: kill the zygote's `group`, which its filter lets nobody leave.
 
     Then, where there is no filter, stop all that came of us until nothing new does, and kill it.
     Whatever is orphaned meanwhile becomes our own child (PR_SET_CHILD_SUBREAPER).
     """
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    if group:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     stopped: set[int] = set()
     for _ in range(_MOST_PASSES):
         found = _descendants() - stopped

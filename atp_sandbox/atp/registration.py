@@ -145,16 +145,24 @@ class Registrar:
         generation: str,
         entries: Sequence[RegistrationEntry],
         *,
+        all_entries: Sequence[RegistrationEntry] | None = None,
+        after: Registrar | None = None,
         on_first_round: Callable[[], None],
         on_event: Callable[[RegistrationEvent], None],
         timings: RegistrationTimings | None = None,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
+        """`all_entries`: where others of the same toolkits are known already, these with them.
+
+        `after` is stopped; what it is just posting goes first.
+        """
         self._loop = loop
+        self._after = after
+        self._thread = threading.Thread(target=self._run, name="atp-registration", daemon=True)
         self._url = f"{base_url.rstrip('/')}/api/v1/register_tool"
         self._api_key, self._generation = api_key, generation
         self._entries = tuple(entries)
-        self._toolkit_hash = toolkit_hash(entries)
+        self._toolkit_hash = toolkit_hash(entries if all_entries is None else all_entries)
         self._on_first_round, self._on_event = on_first_round, on_event
         self._timings = timings or RegistrationTimings()
         self._jitter = jitter
@@ -167,13 +175,19 @@ class Registrar:
         self._first_round_timer = self._loop.call_later(
             self._timings.first_round_s, self._end_first_round
         )
-        threading.Thread(target=self._run, name="atp-registration", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
         """No further attempts and no further callbacks. Safe to repeat; waits for nothing."""
         self._stopped.set()
         if self._first_round_timer is not None:
             self._first_round_timer.cancel()
+
+    def join(self) -> None:
+        """Wait for the last post of one that was stopped; not to be called in the loop."""
+        self._stopped.wait()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
 
     # --- in the loop
 
@@ -204,6 +218,9 @@ class Registrar:
     # --- in the thread
 
     def _run(self) -> None:
+        after, self._after = self._after, None
+        if after is not None:
+            after.join()
         due: list[_Due] = []
         for index in range(len(self._entries)):
             if self._stopped.is_set():

@@ -16,6 +16,7 @@ import click
 
 from atp_sandbox import log
 from atp_sandbox.errors import SandboxError, UsageError
+from workers.confinement import privileges
 
 if TYPE_CHECKING:
     from atp_sandbox.backend.app import Server
@@ -103,6 +104,7 @@ async def _serve(server: Server, listener: socket.socket, parent_fd: int | None)
         loop.add_signal_handler(number, server.stop)
 
     if parent_fd is not None:
+        privileges.die_with_parent()  # also while it is stopped
 
         def on_parent() -> None:
             if not os.read(parent_fd, 4096):

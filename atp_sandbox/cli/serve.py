@@ -24,7 +24,6 @@ from atp_sandbox.settings import (
     JournalMode,
     ServeOptions,
     ServeSettings,
-    ToolkitSettings,
 )
 
 CONFIG_NAME = "atp-sandbox.toml"
@@ -126,10 +125,10 @@ def serve(**given: Any) -> int:
       atp-sandbox serve                      (reads ./atp-sandbox.toml)
 
     Ctrl-C or SIGTERM drains: running calls finish and their answers go out. Again ends at once.
+    SIGHUP reloads the configuration and the toolkits.
     """
     from atp_sandbox import crash_points, log
     from atp_sandbox.backend.embedded import EmbeddedBackend
-    from atp_sandbox.state import default_state_dir
     from atp_sandbox.supervisor import Supervisor
 
     log.configure(given["log_format"])
@@ -137,26 +136,23 @@ def serve(**given: Any) -> int:
     _raise_descriptor_limit()
     # Taken out of the environment first: no process that we start inherits it.
     key_from_environment = os.environ.pop("ATP_API_KEY", None)
-    toolkits, backend, options = _read(given, key_from_environment)
-    state_dir = given["state_dir"] or default_state_dir(os.environ, os.geteuid())
+    settings = _read(given)
+    key = _read_key(given, settings.backend, key_from_environment)
+    settings = replace(settings, backend=replace(settings.backend, api_key=key))
     embedded = None
     try:
         if given["embedded"]:
             _refuse_with_embedded(given)
             embedded = EmbeddedBackend(port=0)
-            backend = replace(
-                backend, api_key=secrets.token_urlsafe(24), base_url=embedded.url, as_written=False
-            )
-        settings = ServeSettings(
-            toolkits,
-            backend,
-            Path(state_dir),
-            given["log_format"],
-            reroutes=reroutes_from(given),
-            options=options,
-            learns_egress=given["learn_egress"],
-        )
-        supervisor = Supervisor(settings)
+            key = secrets.token_urlsafe(24)
+            settings = _with_embedded(settings, key, embedded.url)
+
+        def reread() -> ServeSettings:
+            """The same once more, but for the key: what it came from may be a pipe."""
+            new = _read(given)
+            return new if embedded is None else _with_embedded(new, key, embedded.url)
+
+        supervisor = Supervisor(settings, reread=reread)
         if embedded is not None:
             supervisor.on_ready = lambda: _explain(supervisor, embedded.url)
         try:
@@ -178,10 +174,15 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _read(
-    given: dict[str, Any], key_from_environment: str | None
-) -> tuple[tuple[ToolkitSettings, ...], BackendSettings, ServeOptions]:
-    from atp_sandbox.config import BackendConfig, load_config, read_api_key
+def _with_embedded(settings: ServeSettings, key: str | None, url: str) -> ServeSettings:
+    backend = replace(settings.backend, api_key=key, base_url=url, as_written=False)
+    return replace(settings, backend=backend)
+
+
+def _read(given: dict[str, Any]) -> ServeSettings:
+    """What the command line and the configuration ask for; without the key."""
+    from atp_sandbox.config import BackendConfig, load_config
+    from atp_sandbox.state import default_state_dir
 
     paths: tuple[Path, ...] = given["toolkits"]
     config_path: Path | None = given["config_path"]
@@ -200,29 +201,43 @@ def _read(
         toolkits, config, options = loaded.toolkits, loaded.backend, loaded.serve
     else:
         toolkits = toolkits_from(paths, given)
-    key_source = given["api_key_file"]
-    as_written = given["as_written"] or config.as_written
-    if as_written and key_source is not None:
-        raise UsageError(
-            "--as-written and --api-key-file exclude each other",
-            tip="with --as-written the toolkits' own keys are used",
-        )
-    if key_source is not None:
-        key: str | None = read_api_key(key_source, sys.stdin)
-    elif key_from_environment is not None:
-        key = key_from_environment.strip() or None
-    else:
-        key = None if config.api_key_file is None else read_api_key(config.api_key_file, sys.stdin)
+    key_file = given["api_key_file"] or config.api_key_file
     backend = BackendSettings(
-        api_key=key,
+        api_key_file=None if key_file is None else str(key_file),
         base_url=given["base_url"] or os.environ.get("ATP_BASE_URL") or config.base_url,
         app_name=given["app_name"] or config.app_name,
-        as_written=as_written,
+        as_written=given["as_written"] or config.as_written,
         ws_path=given["ws_path"] or config.ws_path,
         send_source=config.send_source and not given["no_source"],
         sample_responses=config.sample_responses or given["sample_responses"],
     )
-    return toolkits, backend, _options(given, options)
+    state_dir = given["state_dir"] or default_state_dir(os.environ, os.geteuid())
+    return ServeSettings(
+        toolkits,
+        backend,
+        Path(state_dir),
+        given["log_format"],
+        reroutes=reroutes_from(given),
+        options=_options(given, options),
+        config_path=config_path,
+        learns_egress=given["learn_egress"],
+    )
+
+
+def _read_key(
+    given: dict[str, Any], backend: BackendSettings, key_from_environment: str | None
+) -> str | None:
+    from atp_sandbox.config import read_api_key
+
+    is_said = given["api_key_file"] is not None
+    if backend.as_written and is_said:
+        raise UsageError(
+            "--as-written and --api-key-file exclude each other",
+            tip="with --as-written the toolkits' own keys are used",
+        )
+    if key_from_environment is not None and not is_said:
+        return key_from_environment.strip() or None
+    return None if backend.api_key_file is None else read_api_key(backend.api_key_file, sys.stdin)
 
 
 def _options(given: dict[str, Any], otherwise: ServeOptions) -> ServeOptions:

@@ -118,6 +118,8 @@ def lock_down(outside_id: int | None, *, has_landlock: bool, has_seccomp: bool) 
         # While it may: whoever is nobody special cannot.
         _step("capabilities", privileges.empty_bounding_set)
         _step("identity", namespaces.become_user, outside_id)
+    # Whoever hangs up on it ends it too, but not while it is stopped.
+    _step("parent", privileges.die_with_parent)
     _step("resource_limits", privileges.set_resource_limits, _RESOURCE_LIMITS)
     _step("capabilities", privileges.drop_capabilities)
     if has_landlock:

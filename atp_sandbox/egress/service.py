@@ -353,6 +353,7 @@ class EgressService:
         if self._is_closed:
             return
         if not self._was_ready:
+            self._is_started = False  # a toolkit that comes later may try again
             self._on_failed(EgressError(step, reason))
             return
         log.emit(log.ERROR, "egress_failed", "the egress process did not start", cause=reason)

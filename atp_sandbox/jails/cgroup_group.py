@@ -104,7 +104,7 @@ class Group(ABC):
         """
         self.close_files()
         for top in reversed(self._distinct):
-            for directory in _directories_below(top):
+            for directory in directories_below(top):
                 _remove_directory(directory)
 
     # -- limits ------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Group(ABC):
         """Every process here and in all groups inside; 0 is one of another PID namespace."""
         found: set[int] = set()
         # One hierarchy tells for all: who cannot `add` to each ends the process.
-        for directory in _directories_below(self._directories.get("pids", self._distinct[0])):
+        for directory in directories_below(self._directories.get("pids", self._distinct[0])):
             with contextlib.suppress(CgroupError):  # removed meanwhile
                 found.update(map(int, read_value(f"{directory}/cgroup.procs").split()))
         return found
@@ -189,6 +189,10 @@ class Group(ABC):
     @abstractmethod
     def delegate(self) -> None:
         """Let groups inside have limits of their own."""
+
+    @abstractmethod
+    def thaw(self) -> None:
+        """Let what was frozen here and inside run on, so that it can end."""
 
     @abstractmethod
     def kill(self) -> None:
@@ -273,7 +277,7 @@ def lock_directory(directory: str) -> int | None:
     return None
 
 
-def _directories_below(top: str) -> list[str]:
+def directories_below(top: str) -> list[str]:
     """`top` and every directory inside, the innermost first."""
     return [directory for directory, _, _ in os.walk(top, topdown=False)]
 

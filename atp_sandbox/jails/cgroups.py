@@ -26,7 +26,8 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Self
 
 from atp_sandbox.errors import IsolationError
@@ -47,7 +48,9 @@ __all__ = [
     "CgroupTree",
     "JailGroup",
     "Mover",
+    "TreePlace",
     "detect",
+    "remove_dead",
     "remove_stale",
 ]
 
@@ -60,6 +63,16 @@ _ALONE_S = 2.0
 """For others that make or judge groups; each takes milliseconds."""
 _END_S = 2.0
 """From SIGKILL to the last process gone; freeing memory takes about 0.1 s a GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlace:
+    """Where a tree is, for whoever removes it after its owner's death."""
+
+    version: int
+    directories: Mapping[str, str]
+    """As of `CgroupSupport`."""
+    name: str
 
 
 class CgroupTree:
@@ -81,6 +94,7 @@ class CgroupTree:
         self._jails: list[JailGroup] = []
         self._locks: list[int] = []
         self._root: Group | None = None
+        self._name = ""
         prefix = name or str(os.getpid())
         try:
             if support.version == 2:
@@ -94,6 +108,11 @@ class CgroupTree:
     def version(self) -> int:
         """1 or 2."""
         return self._support.version
+
+    @property
+    def place(self) -> TreePlace:
+        """For `remove_dead`."""
+        return TreePlace(self._support.version, self._support.directories, self._name)
 
     def jail(
         self,
@@ -183,6 +202,7 @@ class CgroupTree:
         locks = [lock_directory(f"{top}/{name}") for top in _tops(self._support)]
         self._locks = [fd for fd in locks if fd is not None]
         if len(self._locks) == len(locks):
+            self._name = name
             return root
         for fd in self._locks:
             os.close(fd)
@@ -249,6 +269,22 @@ def remove_stale(support: CgroupSupport) -> list[str]:
                 os.close(fd)
     _remove_tops(support)
     return removed
+
+
+def remove_dead(support: CgroupSupport, name: str, orderly_s: float) -> bool:
+    """End and remove the tree `name`, whose supervisor is known to be dead; whether it is gone.
+
+    What ends by itself has `orderly_s` for it. Another supervisor that starts may do the same at
+    the same time. The leaf that version 2 needs stays: we are in it, and wherever else we went we
+    would be in the way of that other one.
+    """
+    paths = {key: f"{path}/{_TOP}/{name}" for key, path in support.directories.items()}
+    tree = _GROUPS[support.version](paths)
+    tree.thaw()
+    tree.wait_empty(orderly_s)
+    tree.end_and_remove(_END_S)
+    _remove_tops(support)
+    return not any(map(os.path.exists, paths.values()))
 
 
 def _own_directory(support: CgroupSupport) -> str:

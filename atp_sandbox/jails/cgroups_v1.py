@@ -5,17 +5,19 @@ memory and pids limit, freezer makes a kill complete, cpu and cpuacct are used w
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
 from atp_sandbox.jails.cgroup_files import (
+    CgroupError,
     KernelFile,
     field_of,
     forbid_swap,
     read_value,
     write_value,
 )
-from atp_sandbox.jails.cgroup_group import Counters, Group, kill_listed
+from atp_sandbox.jails.cgroup_group import Counters, Group, directories_below, kill_listed
 
 REQUIRED = ("memory", "pids", "freezer")
 OPTIONAL = ("cpu", "cpuacct")
@@ -40,7 +42,7 @@ class GroupV1(Group):
             try:
                 found = kill_listed(self)
             finally:
-                self._freeze("THAWED")
+                self.thaw()
             if found <= killed:
                 return
             killed |= found
@@ -103,6 +105,12 @@ class GroupV1(Group):
         self._write("memory", "memory.limit_in_bytes", size_bytes)
         if not is_raise:
             forbid_swap(swap, with_swap_bytes)
+
+    def thaw(self) -> None:
+        # A group inside that its supervisor froze before it died stays so whatever is done above.
+        for directory in reversed(directories_below(self._directories.get("freezer", ""))):
+            with contextlib.suppress(CgroupError):  # removed meanwhile
+                write_value(f"{directory}/freezer.state", "THAWED")
 
     def _freeze(self, state: str) -> None:
         # Of a dead supervisor's groups not every hierarchy may be ours to see.

@@ -36,6 +36,9 @@ class GroupV2(Group):
     def delegate(self) -> None:
         enable_controllers(self._path, self._directories)
 
+    def thaw(self) -> None:
+        """Nothing to do: SIGKILL reaches what is frozen."""
+
     def kill(self) -> None:
         write_value(f"{self._path}/cgroup.kill", 1)
 

@@ -32,9 +32,9 @@ class Farewells:
         self._ending[handle] = (timer, then)
         self._loop.watch(handle.fileno(), READ, lambda _events: self._conclude(handle))
 
-    def close(self) -> None:
-        """Wait for all of them; kill those that take too long. Safe to call again."""
-        deadline = time.monotonic() + PATIENCE_S
+    def close(self, patience_s: float = PATIENCE_S) -> None:
+        """Wait for all of them; kill those that take longer. Safe to call again."""
+        deadline = time.monotonic() + min(patience_s, PATIENCE_S)
         for handle in list(self._ending):
             if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 handle.kill()

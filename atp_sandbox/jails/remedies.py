@@ -57,6 +57,7 @@ REMEDIES = {
         "a root directory for each call",
         "A filter around us must allow chroot(2) inside a user namespace.",
     ),
+    "parent": Remedy("an end with the supervisor", "A filter around us must allow prctl(2)."),
     "subreaper": Remedy("an end with the jail", "Linux 3.4 or later is needed."),
     "files": Remedy(
         "unprivileged user",

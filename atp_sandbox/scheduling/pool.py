@@ -234,6 +234,14 @@ class Pool:
             commands.append(Conclude(self._take_queued(), failure, None))
         return commands
 
+    def interrupt(self, now: float) -> list[Command]:
+        """End what runs: the server cannot wait for it."""
+        commands: list[Command] = []
+        for worker in list(self._running.values()):
+            commands += self._conclude(worker, verdict.interrupted(), now)
+            commands += self._kill(worker, now)
+        return commands
+
     def worker_ready(self, number: int, now: float) -> list[Command]:
         """The worker's first word."""
         worker = self._workers.get(number)

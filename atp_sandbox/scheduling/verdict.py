@@ -133,6 +133,11 @@ def broke_rules() -> Failure:
     return Failure(Kind.CRASHED, "The tool's process was stopped: it broke the answer protocol.")
 
 
+def interrupted() -> Failure:
+    """Our own end, which did not wait any longer. What the tool has done by then is not known."""
+    return Failure(Kind.INTERRUPTED, "The server ended while the tool ran.")
+
+
 def jail_lost(reason: str) -> Failure:
     """The jail ended under its calls."""
     return Failure(Kind.CRASHED, f"The toolkit's sandbox ended while the tool ran: {reason}.")

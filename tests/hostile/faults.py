@@ -453,7 +453,14 @@ def h07(session: Session) -> list[str]:
     if kinds != {"ok": 5}:
         problems.append(f"answer: after SIGCONT {kinds}")
     problems += _one_answer_each(session, calls)
-    for number, times in ((signal.SIGHUP, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)):
+    began = session.supervisor.log_size()
+    calls = [session.send("ok_sleep", {"arm": ARM, "seconds": 1.0}, "A") for _ in range(3)]
+    process.send_signal(signal.SIGHUP)
+    session.supervisor.wait_event("reload_unchanged", start=began)
+    kinds = _collect(session, calls, 10)
+    if kinds != {"ok": 3}:
+        problems.append(f"O2: calls that ran at a reload: {kinds}")
+    for number, times in ((signal.SIGINT, 1), (signal.SIGTERM, 2)):
         calls = [session.send("ok_sleep", {"arm": ARM, "seconds": 1.0}, "A") for _ in range(3)]
         session.call("no_such_tool", {})  # so the calls before it have arrived
         time.sleep(0.2)

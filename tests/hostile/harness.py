@@ -546,6 +546,8 @@ class Session:
         uids = set()
         for process in self.supervisor.jail_processes():
             try:
+                if b"jails/janitor.py" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                    continue  # of no jail: it is the supervisor's own user
                 uids.add(os.stat(f"/proc/{process.pid}").st_uid)
                 uids.add(
                     int(

@@ -42,8 +42,14 @@ def drop_last_capability() -> None:
 
 
 def die_with_parent() -> None:
-    """PR_SET_PDEATHSIG: where there is no PID namespace, the warden's end is this process's end."""
+    """PR_SET_PDEATHSIG: the end of the thread that started this process is its end, if it is
+    stopped too. To be called after the last change of user, which undoes it."""
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def wake_with_parent() -> None:
+    """PR_SET_PDEATHSIG as above, for one that has to put its house in order before it ends."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def hide_from_tracers() -> None:
