@@ -14,6 +14,8 @@ GIB = 1024 * MIB
 
 MAX_REQUEST_BYTES = 16 * MIB
 """One websocket message from the backend. 8 MB parameters are on record with the published SDK."""
+MAX_REQUEST_ID_BYTES = 64 * KIB
+"""As JSON: it is kept as long as its call waits, which may be one of hundreds. Usually a UUID."""
 MAX_JSON_DEPTH = 200
 """Nesting of parameters and results; CPython's own decoder gives up near 1,000."""
 MAX_OUTPUT_CAPTURE_BYTES = 64 * KIB

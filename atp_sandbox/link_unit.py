@@ -348,8 +348,10 @@ class LinkUnit:
 
     def _end_turn(self) -> None:
         self._turn_is_due = False
+        has_news = self._session.has_changes
         may_start = self._journal.commit(self._session, self._loop.now())
-        crash_points.reach(crash_points.AFTER_JOURNAL)
+        if has_news:
+            crash_points.reach(crash_points.AFTER_JOURNAL)
         if not self._is_backed_up:
             self._start_calls(may_start)
         self._flush()
@@ -369,6 +371,7 @@ class LinkUnit:
             crash_points.reach(crash_points.AFTER_START)
 
     def _flush(self) -> None:
+        """Only after a commit: what has come meanwhile waits here too."""
         outbox = self._session.outbox
         if not self._link.connected:
             return
@@ -392,7 +395,7 @@ class LinkUnit:
 
     def _flush_again(self) -> None:
         self._flush_timer = None
-        self._flush()
+        self._end_turn()
 
     def _on_read(self, count: int) -> None:
         """The backend has read past this many texts of this connection."""
@@ -451,7 +454,7 @@ class LinkUnit:
             case Connected():
                 self.was_connected = True
                 self._owner.link_connected(self)
-                self._flush()
+                self._end_turn()
             case Disconnected(_, retry_in_s):
                 self._session.outbox.connection_ended()
                 if retry_in_s is None:

@@ -279,6 +279,14 @@ class Serving:
             stream.close()
 
 
+def is_janitor(process: psutil.Process) -> bool:
+    """Whether it is the process that clears up after a supervisor, which is of no jail."""
+    try:
+        return any(part.endswith("jails/janitor.py") for part in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> None:
     """Each of these processes has ended within `timeout_s`."""
 

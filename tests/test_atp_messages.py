@@ -18,7 +18,7 @@ from atp_sandbox.atp.messages import (
     decode,
     encode_response,
 )
-from atp_sandbox.limits import MAX_JSON_DEPTH
+from atp_sandbox.limits import MAX_JSON_DEPTH, MAX_REQUEST_ID_BYTES
 from atp_sandbox.outcome import Kind
 
 
@@ -59,6 +59,18 @@ def test_repr_shows_neither_parameters_nor_token() -> None:
 def test_absent_params_are_an_empty_object() -> None:
     found = decoded(request())
     assert (found.params, found.params_json) == ({}, "{}")
+
+
+def test_a_request_id_is_as_long_as_any_backend_makes_it_and_not_longer() -> None:
+    longest = "i" * (MAX_REQUEST_ID_BYTES - 2)
+    assert decoded(request(request_id=longest)).request_id_json == f'"{longest}"'
+    for too_long in ("i" + longest, [0] * MAX_REQUEST_ID_BYTES, {longest: 1}):
+        assert decode(request(request_id=too_long)) == Ignored(
+            "a tool request whose request_id is too long"
+        )
+    deep: Any = "[" * 10_000 + "]" * 10_000
+    payload = request(request_id="i" + longest, params="@").replace(b'"@"', deep.encode())
+    assert isinstance(decode(payload), Ignored)
 
 
 @pytest.mark.parametrize("token", [None, "", False, 0, {}, []])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -166,6 +167,40 @@ def test_requests_that_are_remembered_are_bounded(
     assert isinstance(session.receive(request(0), 0.0), Start)
 
 
+def test_an_answer_that_is_never_confirmed_cannot_make_more_be_remembered(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend asks for it again and hangs up, each time, and confirms all that is behind it."""
+    monkeypatch.setattr(session_module, "MAX_REMEMBERED", 2)
+    session.answered(start(session, ASKED), "x", 0.0)
+    sent(session)
+    for number in range(10):
+        session.answered(start(session, request(number)), "y", 0.0)
+        sent(session)
+        session.receive(ASKED, 0.0)
+        session.outbox.connection_ended()
+        session.outbox.take(1, 0.0)
+        session.confirm(1)
+    assert len(session.records()) <= 4
+
+
+def test_of_an_answered_request_neither_a_long_id_nor_a_long_name_is_kept(session: Session) -> None:
+    """Of the remembered there may be tens of thousands, and a request may have 16 MiB."""
+    long = dataclasses.replace(ASKED, request_id_json=f'"{"i" * 100_000}"', tool="t" * 100_000)
+    session.answered(start(session, long), "x", 0.0)
+    other = dataclasses.replace(long, request_id_json="1")
+    start(session, other)
+    kept = [len(pickle.dumps(record)) for record in session.records()]
+    assert kept[0] < 1_000 < kept[1]
+    assert session.receive(long, 0.0) == Running()
+
+    successor = Session(SECRET)
+    for record in left_by(session):
+        successor.restore(record, "x", 1.0)
+    assert all(len(pickle.dumps(record)) < 1_000 for record in successor.records())
+    assert [successor.receive(one, 1.0) for one in (long, other)] == [Running(), Running()]
+
+
 @pytest.mark.parametrize(("bound", "value"), [("MAX_KEPT_ANSWERS", 1), ("MAX_KEPT_BYTES", 10)])
 def test_a_request_whose_answer_is_kept_no_longer_does_not_run_again(
     session: Session, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
@@ -305,6 +340,16 @@ def test_one_copy_of_an_answer_goes_over_the_next_connection(session: Session) -
     session.confirm(1)  # the first copy of the first
     session.outbox.connection_ended()
     assert sent(session) == ["two"]
+
+
+def test_an_answer_that_was_asked_for_again_keeps_its_place(session: Session) -> None:
+    for number in (1, 2):
+        session.answered(start(session, request(number)), str(number), 0.0)
+    sent(session)
+    assert session.receive(request(1), 0.0) == Resend()  # a copy that is not written any more
+    session.outbox.connection_ended()
+    assert session.outbox.waiting_bytes == session.outbox.size_bytes == 2
+    assert sent(session) == ["1", "2"]
 
 
 def test_a_pong_of_more_than_was_sent_confirms_no_more_than_that(session: Session) -> None:

@@ -147,12 +147,23 @@ def clone_without_end(comm: str) -> None:
 
     ctypes.PyDLL(None).prctl(15, comm.encode(), 0, 0, 0)
     while True:
-        try:
-            if os.fork() == 0:
-                continue  # every child does the same
-            os.waitpid(-1, os.WNOHANG)
-        except OSError:
-            pass
+        if os.fork() == 0:
+            os._exit(0)
+        os.wait()
+
+
+def hop_from_process_to_process(comm: str) -> None:
+    import ctypes
+    import os
+    import time
+
+    ctypes.PyDLL(None).prctl(15, comm.encode(), 0, 0, 0)
+    if os.fork() == 0:
+        while True:  # whoever is looked for has just ended, and left a child
+            if os.fork():
+                os._exit(0)
+            os.setsid()
+    time.sleep(1000)
 
 
 ALONE: tuple[Callable[..., Any], ...] = (
@@ -165,12 +176,15 @@ ALONE: tuple[Callable[..., Any], ...] = (
     run_threads_that_never_end,
 )
 WITH_PROCESSES: tuple[Callable[..., Any], ...] = (
+    stop_itself,
     daemons_in_sessions_of_their_own,
     tree_of_zombies,
     wait_for_a_vfork_that_never_execs,
     clone_without_end,
+    hop_from_process_to_process,
 )
 NONE = Isolation(Level.NONE)
+CONTAINER = Isolation(Level.CONTAINER)
 
 
 @pytest.fixture(autouse=True)
@@ -219,8 +233,17 @@ def test_no_tool_outlives_its_deadline(node: ServedNode) -> None:
 
 @pytest.mark.parametrize(
     "node",
-    [{"programs": True}, {"programs": True, "isolation": NONE}],
-    ids=["strict", "none"],
+    [
+        pytest.param({"programs": True}, id="strict"),
+        pytest.param(
+            {"programs": True, "isolation": CONTAINER},
+            id="container",
+            marks=pytest.mark.skipif(
+                os.geteuid() == 0, reason="toolkits of root are other users', see container_level"
+            ),
+        ),
+        pytest.param({"programs": True, "isolation": NONE}, id="none"),
+    ],
     indirect=True,
 )
 def test_no_process_that_a_tool_starts_outlives_its_deadline(node: ServedNode) -> None:

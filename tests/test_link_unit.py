@@ -15,6 +15,7 @@ from atp_sandbox import crash_points, link_unit
 from atp_sandbox.admission import ServedTool
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.atp.connection import LinkTimings
+from atp_sandbox.atp.link import Connected
 from atp_sandbox.atp.outbox import MAX_OUTBOX_BYTES
 from atp_sandbox.discovery import Tool
 from atp_sandbox.errors import UsageError
@@ -155,6 +156,27 @@ def test_a_call_starts_and_an_answer_goes_out_only_once_the_journal_has_them(
     assert not served.unit._link.unsent_bytes
     assert len(served.beside(lambda: answers(peer, 1))) == 1
     assert committed[0]
+
+
+@pytest.mark.parametrize("way", ["timer", "connected"])
+def test_what_goes_on_with_waiting_answers_does_not_overtake_the_journal(
+    served: Served, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """In the turn in which a call ends, before its answer is written down."""
+    peer = connect(served, server)
+    peer.send(request(1))
+    served.until(lambda: served.started)
+    unit, done = served.unit, []
+    commit, send = unit._journal.commit, unit._link.send
+    monkeypatch.setattr(unit._journal, "commit", lambda *a: done.append("commit") or commit(*a))
+    monkeypatch.setattr(unit._link, "send", lambda text: done.append("send") or send(text))
+    served.answer(served.started[0], 10)
+    if way == "timer":
+        unit._flush_again()
+    else:
+        unit._on_state(Connected())
+    assert len(served.beside(lambda: answers(peer, 1))) == 1
+    assert done[0] == "commit"
 
 
 def test_calls_are_refused_and_not_started_while_a_required_journal_cannot_be_written(

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from backends import FakeBackend, Serving, wait_until_gone
+from backends import FakeBackend, Serving, is_janitor, wait_until_gone
 from conftest import processes_named, toolkit_text, wait_until, write_tree
 
 KEY = "S3CRET-key-of-the-operator"
@@ -330,10 +330,7 @@ def test_killed_supervisor_leaves_no_process_of_ours(kit: Path, tmp_path: Path) 
         def is_complete() -> bool:
             """The jail's builder is gone, which would notice only at its next word."""
             supervisor, *others = serve.family()
-            try:
-                mine = [p for p in others if "jails/janitor.py" not in " ".join(p.cmdline())]
-            except psutil.Error:
-                return False  # one of them has just ended
+            mine = [p for p in others if not is_janitor(p)]
             below = [p for p in supervisor.children() if p in mine]
             return len(mine) == 4 and len(below) == 3
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from atp_sandbox.limits import MAX_JSON_DEPTH
+from atp_sandbox.limits import MAX_JSON_DEPTH, MAX_REQUEST_ID_BYTES
 from atp_sandbox.outcome import Failure, Kind
 from atp_sandbox.strict_json import is_too_deep
 
@@ -104,6 +104,8 @@ def _tool_request(content: dict[str, Any], may_be_deep: bool) -> ToolRequest | R
         request_id_json = _encode_json(request_id)
     except ValueError:
         return Ignored("a tool request whose request_id is not finite")
+    if len(request_id_json) > MAX_REQUEST_ID_BYTES:
+        return Ignored("a tool request whose request_id is too long")
 
     tool = content.get("tool_name", _ABSENT)
     if type(tool) is not str:
@@ -190,6 +192,7 @@ def _reject_too_deep(payload: bytes) -> Rejected | Ignored:
         is_request = message["message_type"] == "atp_tool_request"
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return Ignored("nested too deep")
-    if not is_request or request_id_json == "null":
+    is_usable = request_id_json != "null" and len(request_id_json) <= MAX_REQUEST_ID_BYTES
+    if not is_request or not is_usable:
         return Ignored("nested too deep")
     return _invalid_params(request_id_json, tool if type(tool) is str else None, _TOO_DEEP)

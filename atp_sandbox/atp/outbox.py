@@ -102,18 +102,19 @@ class Outbox:
     def connection_ended(self) -> None:
         """What is unconfirmed waits again, in order and before all others, one copy each."""
         self._confirmed = 0
-        again: dict[int, Message] = {}
+        if not self._written:
+            return
+        due: dict[int, Message] = {}
         for message in self._written:
-            record = message.record
-            is_copy = record is not None and (record.is_waiting or id(record) in again)
-            if is_copy or (record is not None and record.stage is Stage.CONFIRMED):
-                self.size_bytes -= len(message.text)
-                continue
-            again[id(record or message)] = message
-            self.waiting_bytes += len(message.text)
+            if message.record is None or message.record.stage is not Stage.CONFIRMED:
+                due.setdefault(id(message.record or message), message)
+        for message in self._waiting:
+            # Not in place of what was written: behind later ones it might never be confirmed.
+            due.setdefault(id(message.record or message), message)
         self._written.clear()
-        self._waiting.extendleft(reversed(again.values()))
-        for message in again.values():
+        self._waiting = deque(due.values())
+        self.size_bytes = self.waiting_bytes = sum(len(message.text) for message in self._waiting)
+        for message in self._waiting:
             if message.record is not None:
                 message.record.is_waiting = True
 

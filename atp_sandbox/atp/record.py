@@ -26,6 +26,7 @@ class Record:
     identity: bytes
     """Keyed digest of request id, tool, parameters and token."""
     request_id_json: str
+    """Empty once it is answered, as `tool` is: only an answer needs them, and they may be long."""
     tool: str
     stage: Stage
     since: float

@@ -107,6 +107,7 @@ class Session:
         record = self._by_key.pop(key)
         del self._running[record.identity]
         record.stage, record.since, record.text = Stage.ANSWERED, now, text
+        record.request_id_json = record.tool = ""
         self._answered[record.identity] = record
         self._changed[key] = record
         self.outbox.add(text, record, now)
@@ -121,6 +122,10 @@ class Session:
         self.outbox.confirm(count)
 
     # -- what the journal needs --------------------------------------------------------------------
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._changed or self._forgotten)
 
     def take_changes(self) -> tuple[list[Record], list[int]]:
         """What changed since the last time, and the keys of what was forgotten meanwhile."""
@@ -144,6 +149,7 @@ class Session:
             self._forgotten.append(record.key)
             return
         self._answered[record.identity] = record
+        record.request_id_json = record.tool = ""
         if text is None:
             record.stage = Stage.CONFIRMED
             return
