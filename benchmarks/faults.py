@@ -55,6 +55,8 @@ GONE_S = 10.0
 JOURNAL_S = RETRY_S + 1.0
 """From a disk that has room again to a journal that knows everything again."""
 STORIES_PER_KIND = 3
+STORY_S = 3.0
+"""Before and after what happened to a request, faults are told too."""
 PROGRESS_S = 10.0
 RECEIVE_BUFFER_BYTES = 64 * 1024
 DISK_MEGABYTES = 32
@@ -285,7 +287,7 @@ class FaultRun:
         """One request's, with the faults and starts that fell into it."""
         told = self._history.story(request_id)
         if told:
-            begin, end = told[0][0], told[-1][0]
+            begin, end = told[0][0] - STORY_S, told[-1][0] + STORY_S
             told = sorted([*told, *(row for row in self._timeline if begin <= row[0] <= end)])
         return [request_id, *(f"{at - self._began:.3f} {what}" for at, what in told)]
 

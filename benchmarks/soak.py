@@ -57,9 +57,9 @@ STEADY_CALLS = 2 * MAX_KEPT_ANSWERS
 FULL_CALLS = MAX_REMEMBERED + 1_000
 """From then on, nor do the requests that it knows again."""
 MIN_SLOPE_CALLS = 5_000
-MAX_STEADY_SLOPE_KIB = 600.0
+MAX_STEADY_SLOPE_KIB = 1_000.0
 MAX_FULL_SLOPE_KIB = 64.0
-"""Over 1,000 calls: while it learns, half a KiB for each; then nothing, give or take."""
+"""Over 1,000 calls: while it learns, most of a KiB for each; then nothing, give or take."""
 
 TOOLKIT = """
 import asyncio, ctypes, os, signal, sys, time

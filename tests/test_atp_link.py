@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from select import select
 from typing import TypeVar
 
 import pytest
@@ -358,6 +359,35 @@ def test_a_ping_is_answered_at_once_with_its_payload(
     assert client.beside(peer.frame) == (0x8A, b"")
     assert time.monotonic() - began < 1
     assert client.link.connected
+
+
+def test_a_pong_waits_until_what_came_before_its_ping_was_dealt_with(
+    client: Client, server: ScriptedServer
+) -> None:
+    answered_before: list[bool] = []
+
+    def deal(_message: bytes) -> None:
+        """As a link's owner does: together with what else this turn of the loop brings."""
+        client.loop.call_soon(
+            lambda: answered_before.append(bool(select([peer.sock], [], [], 0)[0]))
+        )
+
+    client.link = Link(
+        client.loop,
+        LinkAddress(server.url, KEY, "0.2"),
+        on_message=deal,
+        on_state=client.events.append,
+        on_read=client.read.append,
+        timings=FAST,
+    )
+    client.link.start()
+    peer = client.beside(server.next)
+    peer.accept()
+    client.saw(Connected)
+    peer.sock.sendall(b"\x89\x011" + b"\x81\x02{}" + b"\x89\x012")
+    client.until(lambda: answered_before)
+    assert answered_before == [False]
+    assert client.beside(lambda: [peer.frame(), peer.frame()]) == [(0x8A, b"1"), (0x8A, b"2")]
 
 
 def test_pings_without_an_end_from_a_server_that_does_not_read_are_bounded(

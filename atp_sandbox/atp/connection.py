@@ -77,6 +77,7 @@ class Connection:
         """Those that the peer has read past, as far as we know."""
         self._buffer = memoryview(b"")
         self._position = 0
+        self._pings_read: deque[bytes] = deque(maxlen=MAX_PONGS_WAITING)
         self._pongs: deque[bytes] = deque(maxlen=MAX_PONGS_WAITING)
         self._ping: bytes | None = None
         """Payload of the ping whose pong is awaited: the number of texts before it. Empty if all
@@ -182,16 +183,24 @@ class Connection:
                     if not self._is_closing:
                         self._on_message(event.data)
                 case codec.Ping() if not self._is_closing:
-                    self._pongs.append(event.data)
-                    self._flush_soon()
+                    self._pings_read.append(event.data)
                 case codec.Pong():
                     self._take_pong(event.data)
                 case codec.Close():
                     self._answer_close(event)
             if not self._is_open:
                 return
+        if self._pings_read:
+            # A pong says that we have what came before it: so let that be written down first.
+            self._loop.call_soon(self._answer_pings)
         if fault is not None:
             self._end(fault.close_code, f"protocol error of the server: {fault.message}")
+
+    def _answer_pings(self) -> None:
+        if not self._is_closing:
+            self._pongs.extend(self._pings_read)
+            self._flush_soon()
+        self._pings_read.clear()
 
     def _answer_close(self, event: codec.Close) -> None:
         if self._is_closing:
