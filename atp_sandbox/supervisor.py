@@ -17,7 +17,7 @@ from typing import assert_never
 from atp_sandbox import log, routing
 from atp_sandbox.atp.address import LinkAddress
 from atp_sandbox.discovery import Discovery
-from atp_sandbox.drain import Drain, Step
+from atp_sandbox.drain import SEND_GRACE_S, Drain, Step
 from atp_sandbox.egress.jail_network import Denial
 from atp_sandbox.errors import IsolationError, SandboxError, ToolkitError
 from atp_sandbox.journal import Journal, journal_path, remove_unused
