@@ -29,7 +29,8 @@ from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
-from atp_sandbox.settings import ToolkitSettings
+from atp_sandbox.scheduling.shares import TOTAL_QUEUE, Shares
+from atp_sandbox.settings import ServeOptions, ToolkitSettings
 from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
@@ -64,6 +65,7 @@ class Node:
         state_dir: Path,
         listener: NodeListener,
         reroutes: Sequence[Reroute] = (),
+        options: ServeOptions | None = None,
     ) -> None:
         """SandboxError if the state directory cannot be used."""
         prepare(state_dir)
@@ -84,6 +86,9 @@ class Node:
         self._toolkits: dict[str, ServedToolkit] = {}
         self._to_discover: deque[ServedToolkit] = deque()
         self._discovering: set[str] = set()
+        options = options or ServeOptions()
+        self._waiting = Shares(TOTAL_QUEUE, options.queue, options.queue_bytes)
+        """What may wait of all toolkits together."""
         self._usage_timer: Timer | None = None
         self._output_timer: Timer | None = None
 
@@ -135,8 +140,10 @@ class Node:
             self._farewells,
             self._provide_egress(settings),
             self,
+            self._waiting,
         )
         self._toolkits[settings.name] = toolkit
+        self._waiting.divide(len(self._toolkits))
         self._to_discover.append(toolkit)
         self._discover_next()
         if self._usage_timer is None:

@@ -50,7 +50,7 @@ class Supervisor:
         self.on_ready = on_ready or (lambda: None)
         """Called in the loop once every link is connected."""
         self._loop = Loop()
-        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes)
+        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes, settings.options)
         self._undecided = {toolkit.name for toolkit in settings.toolkits}
         self._discoveries: dict[str, Discovery] = {}
         self._stopped_clients: set[tuple[str, int]] = set()

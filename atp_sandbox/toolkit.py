@@ -33,6 +33,7 @@ from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.scheduling import pool, verdict
+from atp_sandbox.scheduling.shares import Shares
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 from atp_sandbox.state import scratch_directory
 from workers.frames import FrameError, FrameTooLong, is_oversize
@@ -98,8 +99,11 @@ class ServedToolkit:
         farewells: Farewells,
         egress: EgressService | None,
         listener: ToolkitListener,
+        waiting: Shares,
     ) -> None:
-        """`build_dir` is an empty directory, in one where plain scratch directories may be made.
+        """`waiting`: what may wait of all toolkits; each is a member by its name.
+
+        `build_dir` is an empty directory, in one where plain scratch directories may be made.
 
         `egress` is None where jails have no network of their own.
         """
@@ -116,7 +120,9 @@ class ServedToolkit:
         self._networks: WeakKeyDictionary[Jail, JailNetwork] = WeakKeyDictionary()
         self._jails_made = 0
         self._listener = listener
-        self._pool = pool.Pool(settings.limits, settings.lifetime)
+        self._pool = pool.Pool(
+            settings.limits, settings.lifetime, toolkit=settings.name, total=waiting
+        )
         self.state = State.DISCOVERING
         self.discovery: Discovery | None = None
         self.landlock_abi = 0
@@ -158,6 +164,7 @@ class ServedToolkit:
                 return
         entry = pool.Call(
             call,
+            tool=call.tool.name,
             received_at=call.received_at,
             deadline=call.received_at + self.settings.limits.time_s,
             size_bytes=len(call.params),
@@ -283,6 +290,7 @@ class ServedToolkit:
         self.state = State.SERVING
         if is_first:
             self._settle_lifetime(threads)
+            self._pool.divide(max(1, len({tool.name for tool in discovery.registrations})))
             self._listener.toolkit_discovered(self, discovery)
         if self.state is State.SERVING:
             self._obey(self._pool.supply_up(self._loop.now()))
