@@ -21,7 +21,7 @@ from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.node import Node
-from atp_sandbox.outcome import Failure, Outcome
+from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.samples import SampleCalls
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ServeSettings
@@ -286,7 +286,9 @@ class Supervisor:
                 tool=call.tool.name,
                 request_id=context.request_id_json,
             )
-        if isinstance(outcome, Failure):
+        if (
+            isinstance(outcome, Failure) and outcome.kind is not Kind.OVERLOADED
+        ):  # its toolkit tells
             log.emit(
                 log.INFO,
                 "call_failed",

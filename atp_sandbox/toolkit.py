@@ -31,7 +31,7 @@ from atp_sandbox.jails.snapshot import Snapshot
 from atp_sandbox.jails.worker import Exited
 from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Kind, Outcome
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome
 from atp_sandbox.scheduling import pool, verdict
 from atp_sandbox.scheduling.shares import Shares
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
@@ -137,6 +137,9 @@ class ServedToolkit:
         self._restart_s = _FIRST_RESTART_S
         self._launched_at = 0.0
         self._next_slow_look = 0.0
+        self._overloads = 0
+        """Calls answered `overloaded` that the log was not told of yet."""
+        self._overloaded_by: Limit | None = None
 
     # -- for the node ------------------------------------------------------------------------------
 
@@ -247,13 +250,15 @@ class ServedToolkit:
             self._stop(number, verdict.disk_exceeded(self.settings.limits))
 
     def log_output(self) -> None:
-        """Log what the toolkit printed outside of calls."""
+        """Log what the toolkit printed outside of calls, and how many calls were too many."""
+        self._log_overloads()
         if self._main is not None:
             self._log_output(self._main)
 
     def close(self) -> None:
         """End all jails; calls that still run are not answered any more. Safe to call again."""
         self.state = State.STOPPED
+        self._log_overloads()
         for timer in (self._timer, self._import_timer):
             if timer is not None:
                 timer.cancel()
@@ -491,6 +496,9 @@ class ServedToolkit:
         payload = call.payload
         assert isinstance(payload, NodeCall)
         printed = ""
+        if isinstance(outcome, Failure) and outcome.kind is Kind.OVERLOADED:
+            self._overloads += 1
+            self._overloaded_by = outcome.limit
         if ran_on is not None:
             jail = self._jail_of(ran_on)
             printed = jail.take_output(ran_on)
@@ -654,6 +662,21 @@ class ServedToolkit:
         if number is not None:
             self._ready_jails.pop(number, None)
             jail.close()
+
+    def _log_overloads(self) -> None:
+        """One line for all: in a burst a line each would cost more than the answers."""
+        if self._overloads:
+            assert self._overloaded_by is not None
+            log.emit(
+                log.WARNING,
+                "overloaded",
+                "calls were refused because too many wait",
+                toolkit=self.name,
+                calls=self._overloads,
+                limit=self._overloaded_by.name,
+                unit=self._overloaded_by.unit,
+            )
+            self._overloads = 0
 
     def _log_output(self, jail: Jail) -> None:
         printed = jail.output.take().strip()
