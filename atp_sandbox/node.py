@@ -32,7 +32,8 @@ from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
-from atp_sandbox.settings import ToolkitSettings
+from atp_sandbox.scheduling.shares import TOTAL_QUEUE, Shares
+from atp_sandbox.settings import ServeOptions, ToolkitSettings
 from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch, scratch_prefix
 from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
 
@@ -86,6 +87,7 @@ class Node:
         reroutes: Sequence[Reroute] = (),
         *,
         has_janitor: bool = False,
+        options: ServeOptions | None = None,
     ) -> None:
         """SandboxError if the state directory cannot be used.
 
@@ -120,6 +122,9 @@ class Node:
         """Called when a version has ended that others follow: its snapshot may be forgotten."""
         self._to_discover: deque[ServedToolkit] = deque()
         self._discovering: set[ServedToolkit] = set()
+        options = options or ServeOptions()
+        self._waiting = Shares(TOTAL_QUEUE, options.queue, options.queue_bytes)
+        """What may wait of all toolkits together."""
         self._usage_timer: Timer | None = None
         self._output_timer: Timer | None = None
 
@@ -146,6 +151,7 @@ class Node:
         self._provide(settings)
         taken = snapshot_of(settings, self._state_dir)
         self._toolkits[settings.name] = self._make(settings, taken)
+        self._share_out()
 
     # -- versions ----------------------------------------------------------------------------------
 
@@ -176,10 +182,12 @@ class Node:
         del self._candidates[toolkit]
         self.retire(toolkit.name)
         self._toolkits[toolkit.name] = toolkit
+        self._share_out()
 
     def retire(self, name: str) -> None:
         """No new calls for this toolkit; what waits and runs is finished, then its jails end."""
         toolkit = self._toolkits.pop(name, None)
+        self._share_out()
         if toolkit is not None:
             self._retired.append(toolkit)
             self._loop.call_soon(self._close_retired)
@@ -193,6 +201,9 @@ class Node:
         self._end(toolkit)
         self.on_version_ended()
         self._loop.call_soon(self._discover_next)
+
+    def _share_out(self) -> None:
+        self._waiting.divide(max(1, len(self._toolkits)))
 
     def _close_retired(self) -> None:
         ended = [toolkit for toolkit in self._retired if toolkit.is_idle]
@@ -240,6 +251,7 @@ class Node:
             self._farewells,
             self._provide_egress(settings),
             self,
+            self._waiting,
             next(self._versions),
         )
         self._holds[toolkit] = taken.hold

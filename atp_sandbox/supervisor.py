@@ -25,7 +25,7 @@ from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
-from atp_sandbox.outcome import Failure, Outcome
+from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.reloader import Reloader
 from atp_sandbox.samples import SampleCalls
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
@@ -59,7 +59,14 @@ class Supervisor:
         self.on_ready = on_ready or (lambda: None)
         """Called in the loop once every link is connected."""
         self._loop = Loop()
-        self._node = Node(self._loop, settings.state_dir, self, settings.reroutes, has_janitor=True)
+        self._node = Node(
+            self._loop,
+            settings.state_dir,
+            self,
+            settings.reroutes,
+            has_janitor=True,
+            options=settings.options,
+        )
         self._undecided = {toolkit.name for toolkit in settings.toolkits}
         self._discoveries: dict[str, Discovery] = {}
         self._stopped_clients: set[tuple[str, int]] = set()
@@ -312,7 +319,9 @@ class Supervisor:
                 tool=call.tool.name,
                 request_id=context.request_id_json,
             )
-        if isinstance(outcome, Failure):
+        if (
+            isinstance(outcome, Failure) and outcome.kind is not Kind.OVERLOADED
+        ):  # its toolkit tells
             log.emit(
                 log.INFO,
                 "call_failed",

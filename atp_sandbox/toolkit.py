@@ -31,9 +31,10 @@ from atp_sandbox.jails.snapshot import Snapshot
 from atp_sandbox.jails.worker import Exited
 from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Kind, Outcome
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome
 from atp_sandbox.scheduling import pool, verdict
 from atp_sandbox.scheduling.quarantine import WINDOW_S, Quarantine
+from atp_sandbox.scheduling.shares import Shares
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 from atp_sandbox.state import scratch_directory
 from workers.frames import FrameError, FrameTooLong, is_oversize
@@ -99,9 +100,12 @@ class ServedToolkit:
         farewells: Farewells,
         egress: EgressService | None,
         listener: ToolkitListener,
+        waiting: Shares,
         version: int = 1,
     ) -> None:
-        """`build_dir` is an empty directory, in one where plain scratch directories may be made.
+        """`waiting`: what may wait of all toolkits; each is a member by its name.
+
+        `build_dir` is an empty directory, in one where plain scratch directories may be made.
 
         `egress` is None where jails have no network of their own. `version` is a number that no
         other version of this toolkit has.
@@ -120,7 +124,9 @@ class ServedToolkit:
         self._networks: WeakKeyDictionary[Jail, JailNetwork] = WeakKeyDictionary()
         self._jails_made = 0
         self._listener = listener
-        self._pool = pool.Pool(settings.limits, settings.lifetime)
+        self._pool = pool.Pool(
+            settings.limits, settings.lifetime, toolkit=settings.name, total=waiting
+        )
         self.state = State.DISCOVERING
         self.discovery: Discovery | None = None
         self.landlock_abi = 0
@@ -138,6 +144,9 @@ class ServedToolkit:
         self.quarantine = Quarantine()
         self._launched_at = 0.0
         self._next_slow_look = 0.0
+        self._overloads = 0
+        """Calls answered `overloaded` that the log was not told of yet."""
+        self._overloaded_by: Limit | None = None
 
     # -- for the node ------------------------------------------------------------------------------
 
@@ -169,6 +178,7 @@ class ServedToolkit:
                 return
         entry = pool.Call(
             call,
+            tool=call.tool.name,
             received_at=call.received_at,
             deadline=call.received_at + self.settings.limits.time_s,
             size_bytes=len(call.params),
@@ -281,13 +291,15 @@ class ServedToolkit:
             self._stop(number, verdict.disk_exceeded(self.settings.limits))
 
     def log_output(self) -> None:
-        """Log what the toolkit printed outside of calls."""
+        """Log what the toolkit printed outside of calls, and how many calls were too many."""
+        self._log_overloads()
         if self._main is not None:
             self._log_output(self._main)
 
     def close(self) -> None:
         """End all jails; calls that still run are not answered any more. Safe to call again."""
         self.state = State.STOPPED
+        self._log_overloads()
         for timer in (self._timer, self._import_timer):
             if timer is not None:
                 timer.cancel()
@@ -325,6 +337,7 @@ class ServedToolkit:
         if is_first:
             self.discovery = discovery
             self._settle_lifetime(threads)
+            self._pool.divide(max(1, len({tool.name for tool in discovery.registrations})))
             self._listener.toolkit_discovered(self, discovery)
         if self.state is State.SERVING:
             self._obey(self._pool.supply_up(self._loop.now()))
@@ -528,6 +541,9 @@ class ServedToolkit:
         payload = call.payload
         assert isinstance(payload, NodeCall)
         printed = ""
+        if isinstance(outcome, Failure) and outcome.kind is Kind.OVERLOADED:
+            self._overloads += 1
+            self._overloaded_by = outcome.limit
         if ran_on is not None:
             jail = self._jail_of(ran_on)
             printed = jail.take_output(ran_on)
@@ -719,6 +735,21 @@ class ServedToolkit:
         if number is not None:
             self._ready_jails.pop(number, None)
             jail.close()
+
+    def _log_overloads(self) -> None:
+        """One line for all: in a burst a line each would cost more than the answers."""
+        if self._overloads:
+            assert self._overloaded_by is not None
+            log.emit(
+                log.WARNING,
+                "overloaded",
+                "calls were refused because too many wait",
+                toolkit=self.name,
+                calls=self._overloads,
+                limit=self._overloaded_by.name,
+                unit=self._overloaded_by.unit,
+            )
+            self._overloads = 0
 
     def _log_output(self, jail: Jail) -> None:
         printed = jail.output.take().strip()

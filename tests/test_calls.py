@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import NodeMaker, ServedNode, toolkit_text
+from conftest import PATIENCE_S, NodeMaker, ServedNode, toolkit_text
 
 from atp_sandbox.limits import MAX_JSON_DEPTH, MAX_OUTPUT_CAPTURE_BYTES, MAX_REQUEST_BYTES, MIB
 from atp_sandbox.outcome import Kind, Limit, outcome_json
@@ -415,6 +415,27 @@ def test_full_queue_is_overloaded_with_a_time_to_come_back(make_node: NodeMaker)
     assert refused.failure.retry_after_s is not None
     assert refused.failure.retry_after_s > 0
     node.finish(*running, *waiting)
+    node.assert_healthy()
+
+
+def test_burst_on_one_tool_neither_delays_nor_refuses_another_tools_call(
+    make_node: NodeMaker,
+) -> None:
+    def answer() -> str:
+        return "answered"
+
+    # One worker at a time: the order is what counts, not what the machine does meanwhile.
+    node = make_node(toolkit_text(BODY), concurrency=1, queue=60, time_s=PATIENCE_S)
+    burst = [node.submit("echo", {"value": n}) for n in range(100)]
+    other = node.begin_inside(answer)
+    refused = [ticket for ticket in burst if ticket.outcomes]
+    assert refused
+    assert all(ticket.failure.kind is Kind.OVERLOADED for ticket in refused)
+    assert all(ticket.failure.limit == Limit("queue", 60, "calls") for ticket in refused)
+    node.finish(other)
+    assert other.value == "answered"
+    assert sum(1 for ticket in burst if ticket.outcomes) <= len(refused) + 3
+    node.finish(*burst)
     node.assert_healthy()
 
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from atp_sandbox.confinement.plan import slot_count
 from atp_sandbox.limits import Limits
-from atp_sandbox.outcome import Failure, Kind, Success
+from atp_sandbox.outcome import Failure, Kind, Limit, Success
 from atp_sandbox.scheduling.pool import (
     END_S,
     HUNG_UP_S,
@@ -30,9 +30,11 @@ from atp_sandbox.scheduling.pool import (
     StartWorker,
     State,
 )
+from atp_sandbox.scheduling.shares import TOTAL_QUEUE, Shares
 from atp_sandbox.settings import parse_lifetime
 
 TIME_S = 5.0
+TOOLS = ["a", "b", "c"]
 DONE = Success("1")
 STOPPED = Failure(Kind.UNAVAILABLE, "stopped")
 TOO_BIG = Failure(Kind.MEMORY_LIMIT, "too big")
@@ -61,10 +63,16 @@ class PoolMachine(RuleBasedStateMachine):
         queue=st.integers(0, 4),
         queue_bytes=st.integers(0, 30),
         lifetime=st.sampled_from(["call", "calls:2", "calls:3", "jail"]),
+        total_queue=st.integers(0, 4),
     )
-    def build(self, concurrency: int, queue: int, queue_bytes: int, lifetime: str) -> None:
+    def build(
+        self, concurrency: int, queue: int, queue_bytes: int, lifetime: str, total_queue: int
+    ) -> None:
         self.limits = limits_of(concurrency=concurrency, queue=queue, queue_bytes=queue_bytes)
-        self.pool = Pool(self.limits, parse_lifetime(lifetime))
+        self.total_queue = total_queue
+        total = Shares(TOTAL_QUEUE, total_queue, queue_bytes)
+        self.pool = Pool(self.limits, parse_lifetime(lifetime), toolkit="kit", total=total)
+        self.pool.divide(len(TOOLS))
         self.calls_per_worker = self.pool._calls_per_worker
         self.now = 100.0
         self.open: list[Call] = []
@@ -111,9 +119,10 @@ class PoolMachine(RuleBasedStateMachine):
         found = [n for n, state in self.workers.items() if state in states]
         return found[index % len(found)] if found else None
 
-    @rule(size=st.integers(0, 20))
-    def submit(self, size: int) -> None:
-        call = Call(None, received_at=self.now, deadline=self.now + TIME_S, size_bytes=size)
+    @rule(tool=st.sampled_from(TOOLS), size=st.integers(0, 20))
+    def submit(self, tool: str, size: int) -> None:
+        deadline = self.now + TIME_S
+        call = Call(None, tool=tool, received_at=self.now, deadline=deadline, size_bytes=size)
         self.open.append(call)
         self.obey(self.pool.submit(call, self.now))
 
@@ -217,7 +226,9 @@ class PoolMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         assert self.pool.running == len(self.running)
         assert self.pool.waiting == len(self.open) - len(self.running)
-        assert self.pool.waiting <= self.limits.queue
+        assert self.pool.waiting <= min(self.limits.queue, self.total_queue)
+        waiting = [call for call in self.open if call not in self.running.values()]
+        assert sum(call.size_bytes for call in waiting) <= self.limits.queue_bytes
         assert self.pool.is_idle == (not self.open)
         assert dict(self.pool.running_workers()) == self.running
         assert all(self.pool.call_of(number) is call for number, call in self.running.items())
@@ -247,13 +258,17 @@ class Shell:
         self.pool = Pool(limits_of(**given), parse_lifetime(lifetime))
         self.sequence = itertools.count()
 
-    def call(self, now: float, *, size_bytes: int = 0) -> Call:
+    def call(self, now: float, tool: str = "a", *, size_bytes: int = 0) -> Call:
         return Call(
-            next(self.sequence), received_at=now, deadline=now + TIME_S, size_bytes=size_bytes
+            next(self.sequence),
+            tool=tool,
+            received_at=now,
+            deadline=now + TIME_S,
+            size_bytes=size_bytes,
         )
 
-    def submit(self, now: float, *, size_bytes: int = 0) -> list[Command]:
-        return self.pool.submit(self.call(now, size_bytes=size_bytes), now)
+    def submit(self, now: float, tool: str = "a", *, size_bytes: int = 0) -> list[Command]:
+        return self.pool.submit(self.call(now, tool, size_bytes=size_bytes), now)
 
     def up(self, now: float) -> list[int]:
         """Supply comes and all workers that it starts say so; their numbers."""
@@ -293,13 +308,54 @@ def test_a_full_queue_is_overloaded_and_says_when_to_come_again() -> None:
     assert 0.1 <= refused.outcome.retry_after_s <= 60
 
 
+def test_a_burst_on_one_tool_is_refused_and_another_tools_call_is_not() -> None:
+    shell = Shell(queue=8)
+    shell.pool.divide(2)
+    ends = [kinds(shell.submit(0, "burst")) for _ in range(8)]
+    assert ends == [[]] * 6 + [["overloaded"]] * 2
+    assert kinds(shell.submit(0, "other")) == kinds(shell.submit(0, "other")) == []
+    assert kinds(shell.submit(0, "other")) == ["overloaded"]
+
+
+def test_a_burst_on_one_toolkit_is_refused_and_another_toolkits_call_is_not() -> None:
+    total = Shares(TOTAL_QUEUE, 8, 100)
+    total.divide(2)
+    limits, lifetime = limits_of(queue=100), parse_lifetime("call")
+    pools = [Pool(limits, lifetime, toolkit=name, total=total) for name in ("burst", "other")]
+    calls = Shell()
+    ends = [kinds(pools[0].submit(calls.call(0), 0)) for _ in range(7)]
+    assert ends == [[]] * 6 + [["overloaded"]]
+    (refused,) = pools[0].submit(calls.call(0), 0)
+    assert isinstance(refused, Conclude)
+    assert isinstance(refused.outcome, Failure)
+    assert refused.outcome.limit == Limit(TOTAL_QUEUE, 8, "calls")
+    assert kinds(pools[1].submit(calls.call(0), 0)) == []
+    assert kinds(pools[0].refuse(STOPPED)) == ["unavailable"] * 6  # which makes room again
+    assert [kinds(pools[1].submit(calls.call(0), 0)) for _ in range(5)] == [[]] * 5
+
+
+def test_another_tools_call_comes_next_whatever_waits_of_the_first() -> None:
+    shell = Shell("calls:1000", queue=100, concurrency=1)
+    (number,) = shell.up(0)
+    for _ in range(10):
+        shell.submit(0, "burst")
+    shell.submit(0, "other")
+    served = []
+    while not shell.pool.is_idle:
+        running = shell.pool.call_of(number)
+        assert running is not None
+        served.append(running.tool)
+        shell.pool.worker_answered(number, DONE, 0)
+    assert served == ["burst", "burst", "other"] + ["burst"] * 8
+
+
 def test_retry_after_grows_with_what_calls_take_and_not_with_what_they_waited() -> None:
     def retry_after_s(run_s: float, wait_s: float) -> float:
         shell = Shell(queue=3, concurrency=1, time_s=1000.0, lifetime="calls:1000")
         shell.up(0)
         now = 0.0
         for _ in range(50):
-            call = Call(None, received_at=now - wait_s, deadline=now + 1000, size_bytes=0)
+            call = Call(None, tool="a", received_at=now - wait_s, deadline=now + 1000, size_bytes=0)
             (assign, *_) = shell.pool.submit(call, now)
             assert isinstance(assign, Assign)
             now += run_s
@@ -466,7 +522,7 @@ def test_workers_that_do_not_end_take_the_slots_of_new_ones() -> None:
     pool = Pool(limits, parse_lifetime("call"))
     started = numbers(pool.supply_up(0), StartWorker)
     for _ in range(50):
-        call = Call(None, received_at=0, deadline=TIME_S, size_bytes=0)
+        call = Call(None, tool="a", received_at=0, deadline=TIME_S, size_bytes=0)
         started += numbers(pool.submit(call, 0), StartWorker)
     for number in started:  # grows as it is walked
         started += numbers(pool.worker_ready(number, 0), StartWorker)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from atp_sandbox.limits import MIB, Limits
 from atp_sandbox.outcome import Failure, Kind, Limit, Success
 from atp_sandbox.scheduling import verdict
+from atp_sandbox.scheduling.shares import OWN_QUEUE, TOTAL_QUEUE
 from atp_sandbox.scheduling.verdict import RuleBroken, judge_answer
 
 LIMITS = Limits(output_bytes=100, time_s=2.5, memory_bytes=256 * MIB)
@@ -130,7 +131,22 @@ def test_a_kill_is_never_read_as_a_limit() -> None:
 
 
 def test_overloaded_says_when_to_try_again() -> None:
-    failure = verdict.overloaded(7, 1.26)
+    failure = verdict.overloaded(Limit("queue", 7, "calls"), 1.26)
     assert failure.retryable
     assert failure.retry_after_s == 1.3
-    assert "7 are waiting" in failure.error
+    assert "the queue of this toolkit (7 calls)" in failure.error
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        (Limit(OWN_QUEUE, 256, "calls"), "queue of this toolkit (256 calls)"),
+        (Limit(OWN_QUEUE, 64 * MIB, "bytes"), "queue of this toolkit (64 MiB of parameters)"),
+        (Limit(TOTAL_QUEUE, 4096, "calls"), "queue of all toolkits (4096 calls)"),
+        (Limit(TOTAL_QUEUE, 64 * MIB, "bytes"), "queue of all toolkits (64 MiB of parameters)"),
+    ],
+)
+def test_overloaded_names_the_queue_that_is_full(limit: Limit, named: str) -> None:
+    failure = verdict.overloaded(limit, 1.0)
+    assert failure.limit is limit
+    assert named in failure.error

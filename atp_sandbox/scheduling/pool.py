@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from atp_sandbox.limits import Limits
-from atp_sandbox.outcome import Failure, Kind, Outcome
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome
 from atp_sandbox.scheduling import verdict
+from atp_sandbox.scheduling.shares import OWN_QUEUE, TOTAL_QUEUE, Shares
+from atp_sandbox.scheduling.waiting import Call as Call
+from atp_sandbox.scheduling.waiting import WaitingCalls
 from atp_sandbox.settings import Lifetime, LifetimeKind
 
 MAX_AHEAD = 2
@@ -63,21 +66,6 @@ NEXT_STATE: dict[State, dict[Event, State]] = {
     },
     State.ENDING: {Event.KILLED: State.ENDING},
 }
-
-
-class Call:
-    """One call as the pool sees it; `payload` is the shell's."""
-
-    __slots__ = ("deadline", "payload", "received_at", "size_bytes", "worker")
-
-    def __init__(
-        self, payload: object, *, received_at: float, deadline: float, size_bytes: int
-    ) -> None:
-        self.payload = payload
-        self.received_at = received_at
-        self.deadline = deadline
-        self.size_bytes = size_bytes
-        self.worker: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +119,15 @@ class _Worker:
 class Pool:
     """Calls of one toolkit, waiting and at work, and its workers."""
 
-    def __init__(self, limits: Limits, lifetime: Lifetime) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        lifetime: Lifetime,
+        *,
+        toolkit: str = "",
+        total: Shares | None = None,
+    ) -> None:
+        """`total`: what may wait of all toolkits, of which this is `toolkit`; None: of this one."""
         self._limits = limits
         self._start_s = START_S
         if lifetime.kind is LifetimeKind.JAIL:
@@ -141,8 +137,10 @@ class Pool:
         self._ahead = min(ahead, limits.concurrency)
         self._workers: dict[int, _Worker] = {}
         self._ready: deque[_Worker] = deque()
-        self._queue: deque[Call] = deque()
-        self._queued_bytes = 0
+        self._shares = Shares(OWN_QUEUE, limits.queue, limits.queue_bytes)
+        if total is None:
+            total = Shares(TOTAL_QUEUE, limits.queue, limits.queue_bytes)
+        self._waiting = WaitingCalls(self._shares, total, toolkit)
         self._running: dict[int, _Worker] = {}
         self._next_number = 1
         self._is_supplied = False
@@ -155,7 +153,7 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -163,7 +161,7 @@ class Pool:
 
     @property
     def is_idle(self) -> bool:
-        return not self._queue and not self._running
+        return not self._waiting and not self._running
 
     def running_workers(self) -> Iterator[tuple[int, Call]]:
         """Worker number and call of all that run."""
@@ -180,12 +178,15 @@ class Pool:
         """When `tick` has something to do."""
         moments = [w.until for w in self._workers.values() if w.until is not None]
         moments += [w.call.deadline for w in self._running.values() if w.call is not None]
-        if self._queue:
-            # All calls of a toolkit have the same time to live, so the first is the earliest.
-            moments.append(self._queue[0].deadline)
+        if self._waiting.next_deadline is not None:
+            moments.append(self._waiting.next_deadline)
         if self._resume_at is not None:
             moments.append(self._resume_at)
         return min(moments, default=None)
+
+    def divide(self, tools: int) -> None:
+        """Share the queue out among so many tools, at least one."""
+        self._shares.divide(tools)
 
     # -- events ------------------------------------------------------------------------------------
 
@@ -194,18 +195,17 @@ class Pool:
         if self._refusal is not None:
             return [Conclude(call, self._refusal, None)]
         commands = self._expire(now)
-        is_full = (
-            len(self._queue) >= self._limits.queue
-            or self._queued_bytes + call.size_bytes > self._limits.queue_bytes
-        )
-        if is_full and not self._is_free:
-            rounds = (len(self._queue) + 1) / self._limits.concurrency
-            retry_after_s = min(60.0, max(0.1, rounds * self._mean_run_s))
-            failure = verdict.overloaded(len(self._queue), retry_after_s)
+        if call.deadline <= now:
+            failure = verdict.timed_out(self._limits, was_running=False)
             return [*commands, Conclude(call, failure, None)]
-        self._queue.append(call)
-        self._queued_bytes += call.size_bytes
-        return commands + self._dispatch(now)
+        if self._is_free:
+            commands.append(self._assign(call, now))
+            return commands + self._start_missing(now)
+        limit = self._waiting.missing(call)
+        if limit is not None:
+            return [*commands, Conclude(call, self._overloaded(limit), None)]
+        self._waiting.add(call)
+        return commands + self._start_missing(now)
 
     def supply_up(self, now: float) -> list[Command]:
         """Workers can be started from now on."""
@@ -230,8 +230,8 @@ class Pool:
     def dismiss(self, failure: Failure) -> list[Command]:
         """Answer those that wait with `failure`."""
         commands: list[Command] = []
-        while self._queue:
-            commands.append(Conclude(self._take_queued(), failure, None))
+        while self._waiting:
+            commands.append(Conclude(self._waiting.take_next(), failure, None))
         return commands
 
     def interrupt(self, now: float) -> list[Command]:
@@ -319,24 +319,30 @@ class Pool:
         return bool(self._ready) and len(self._running) < self._limits.concurrency
 
     def _expire(self, now: float) -> list[Command]:
-        commands: list[Command] = []
-        while self._queue and self._queue[0].deadline <= now:
-            failure = verdict.timed_out(self._limits, was_running=False)
-            commands.append(Conclude(self._take_queued(), failure, None))
-        return commands
+        expired = self._waiting.take_expired(now)
+        if not expired:
+            return []
+        failure = verdict.timed_out(self._limits, was_running=False)
+        return [Conclude(call, failure, None) for call in expired]
 
     def _dispatch(self, now: float) -> list[Command]:
         commands = self._expire(now)
-        while self._queue and self._is_free:
-            worker = self._ready.popleft()
-            call = self._take_queued()
-            call.worker = worker.number
-            worker.call = call
-            worker.assigned_at = now
-            worker.move(Event.ASSIGNED)
-            self._retry_s = _FIRST_RETRY_S
-            self._running[worker.number] = worker
-            commands.append(Assign(worker.number, call))
+        while self._waiting and self._is_free:
+            commands.append(self._assign(self._waiting.take_next(), now))
+        return commands + self._start_missing(now)
+
+    def _assign(self, call: Call, now: float) -> Command:
+        worker = self._ready.popleft()
+        call.worker = worker.number
+        worker.call = call
+        worker.assigned_at = now
+        worker.move(Event.ASSIGNED)
+        self._retry_s = _FIRST_RETRY_S
+        self._running[worker.number] = worker
+        return Assign(worker.number, call)
+
+    def _start_missing(self, now: float) -> list[Command]:
+        commands: list[Command] = []
         if self._is_supplied and self._resume_at is None:
             for _ in range(self._missing_workers()):
                 worker = _Worker(self._next_number, now + self._start_s)
@@ -345,13 +351,18 @@ class Pool:
                 commands.append(StartWorker(worker.number))
         return commands
 
+    def _overloaded(self, limit: Limit) -> Failure:
+        rounds = (len(self._waiting) + 1) / self._limits.concurrency
+        retry_after_s = min(60.0, max(0.1, rounds * self._mean_run_s))
+        return verdict.overloaded(limit, retry_after_s)
+
     def _missing_workers(self) -> int:
         """How many to start: enough for all that wait and some ahead, within the limit."""
         if self._refusal is not None:
             return 0
         live = sum(1 for w in self._workers.values() if w.state is not State.ENDING)
         spare = live - len(self._running)
-        wanted = self._ahead + len(self._queue) - spare
+        wanted = self._ahead + len(self._waiting) - spare
         room = self._limits.concurrency + self._ahead - live
         # Those that are ending still hold a scratch slot.
         slots = 2 * self._limits.concurrency + self._ahead - len(self._workers)
@@ -379,11 +390,6 @@ class Pool:
         if worker.assigned_at is None:
             self._resume_at = now + self._retry_s
             self._retry_s = min(MAX_RETRY_S, self._retry_s * 2)
-
-    def _take_queued(self) -> Call:
-        call = self._queue.popleft()
-        self._queued_bytes -= call.size_bytes
-        return call
 
 
 UNAVAILABLE_STOPPED = Failure(Kind.UNAVAILABLE, "The toolkit stopped serving.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from atp_sandbox.limits import Limits, format_duration, format_size
 from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success
+from atp_sandbox.scheduling.shares import TOTAL_QUEUE
 from atp_sandbox.strict_json import check_json
 
 _MAX_SENTENCE_CHARS = 64 * 1024
@@ -83,10 +84,19 @@ def disk_exceeded(limits: Limits) -> Failure:
     return Failure(Kind.DISK_LIMIT, sentence, Limit("disk", limits.scratch_bytes, "bytes"))
 
 
-def overloaded(waiting: int, retry_after_s: float) -> Failure:
-    """The queue is full."""
-    sentence = f"Too many calls: {waiting} are waiting for this toolkit. Try again later."
-    return Failure(Kind.OVERLOADED, sentence, retry_after_s=round(retry_after_s, 1))
+def overloaded(limit: Limit, retry_after_s: float) -> Failure:
+    """`limit`, a bound on what waits, has no room left for the member whose call it is."""
+    whose, member = "of this toolkit", "this tool"
+    if limit.name == TOTAL_QUEUE:
+        whose, member = "of all toolkits", "this toolkit"
+    most = f"{limit.value:.0f} calls"
+    if limit.unit == "bytes":
+        most = f"{format_size(limit.value)} of parameters"
+    sentence = (
+        f"Too many calls: the queue {whose} ({most}) has no room for another one of {member}. "
+        "Try again later."
+    )
+    return Failure(Kind.OVERLOADED, sentence, limit, retry_after_s=round(retry_after_s, 1))
 
 
 @dataclass(frozen=True, slots=True)
