@@ -107,9 +107,11 @@ class FakeBackend:
         def send_unless_mute(frame: Frame) -> None:
             if frame.opcode is not Opcode.PONG or self.answers_pings:
                 send_frame(frame)
+            if frame.opcode is Opcode.PONG and self.answers_pings:
+                link.confirmed = int(bytes(frame.data) or link.confirmed)
 
-        connection.protocol.send_frame = send_unless_mute  # type: ignore[method-assign]
         link = FakeLink(connection)
+        connection.protocol.send_frame = send_unless_mute  # type: ignore[method-assign]
         self._all_links.append(link)
         self._links.put(link)
         link.read()
@@ -133,6 +135,8 @@ class FakeLink:
         self._connection = connection
         self.texts: list[str] = []
         """Everything that was received."""
+        self.confirmed = 0
+        """How many of them a pong has told the other side of."""
         self.close_code: int | None = None
         self.is_closed = False
         self.reads = threading.Event()
@@ -160,6 +164,10 @@ class FakeLink:
         if token is not None:
             payload["auth_token"] = token
         self.send("atp_tool_request", payload)
+
+    def settle(self) -> None:
+        """Return once everything that was received has been confirmed."""
+        wait_until(lambda: self.confirmed == len(self.texts), "a ping after the last answer")
 
     def cut(self) -> None:
         """End the TCP connection without a word."""

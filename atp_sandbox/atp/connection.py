@@ -15,8 +15,10 @@ from atp_sandbox.atp.handshake import describe
 from atp_sandbox.limits import KIB, MAX_REQUEST_BYTES, MIB
 from atp_sandbox.loop import READ, WRITE, Loop, Timer
 
+READ_BYTES = 64 * KIB
+"""Read at once: some hundreds of small requests, which others have to wait for."""
 CHUNK_BYTES = 256 * KIB
-"""Read at once, encoded at once, and offered to the kernel at once."""
+"""Encoded at once, and offered to the kernel at once."""
 TURN_BYTES = 1 * MIB
 """Written before the loop's other work gets its turn."""
 MAX_PONGS_WAITING = 64
@@ -63,7 +65,7 @@ class Connection:
         self._is_ended = False
         self._is_reported = False
         self._decoder = codec.Decoder(MAX_REQUEST_BYTES)
-        self._read_buffer = memoryview(bytearray(CHUNK_BYTES))
+        self._read_buffer = memoryview(bytearray(READ_BYTES))
         self._watched = 0
         self._flush_is_due = False
         self._is_blocked = False
@@ -150,7 +152,7 @@ class Connection:
         self._read_needs_write = False
         size, is_eof = 0, False
         try:
-            while size < CHUNK_BYTES and not is_eof:
+            while size < READ_BYTES and not is_eof:
                 received = self._socket.recv_into(self._read_buffer[size:])
                 size += received
                 is_eof = not received
@@ -168,7 +170,7 @@ class Connection:
             self._take(bytes(self._read_buffer[:size]))
         if is_eof:
             self._lose("the server ended the connection")
-        elif self._is_open and size == CHUNK_BYTES and self._is_tls:
+        elif self._is_open and size == READ_BYTES and self._is_tls:
             self._loop.call_soon(lambda: self._on_ready(READ))
 
     def _take(self, data: bytes) -> None:
