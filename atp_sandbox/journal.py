@@ -15,6 +15,7 @@ import contextlib
 import os
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,17 @@ class JournalFile:
             (version,) = run("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
                 raise self._error(f"it was written by another version ({version})")
+            (boot,) = run("PRAGMA application_id").fetchone()
+            if version == _VERSION and boot == _boot():
+                return
+            run("BEGIN IMMEDIATE")
             if version != _VERSION:
-                run("BEGIN IMMEDIATE")
                 run(_SCHEMA)
                 run(f"PRAGMA user_version = {_VERSION}")
-                run("COMMIT")
+            # Its times are of a clock that has begun anew since: nothing is old now.
+            run("UPDATE calls SET since = ?", (time.monotonic(),))
+            run(f"PRAGMA application_id = {_boot()}")
+            run("COMMIT")
 
     def load(self) -> list[Record]:
         """What was known at the last commit, in order of arrival."""
@@ -167,6 +174,14 @@ class JournalFile:
         )
 
 
+def _boot() -> int:
+    """Which boot of which machine this is, in 31 bits."""
+    try:
+        return zlib.crc32(Path("/proc/sys/kernel/random/boot_id").read_bytes()) & 0x7FFFFFFF
+    except OSError:
+        return 0
+
+
 def _record(row: tuple[Any, ...]) -> Record:
     """ValueError if it is none that `_row` makes: SQLite itself knows no types, and no sums."""
     key, identity, request_id, tool, stage, since, answer = row
@@ -226,6 +241,9 @@ class Journal:
             if error.is_damaged:
                 self._set_aside(error)
                 self._is_behind = True  # a new one is written with the first change
+            elif not self._holds_anything():
+                self._report(error, "serving on; what is due would be lost with this process")
+                self._is_behind = True
             else:
                 self._is_foreign = True
                 self._report(error, "serving without a journal until the next start")
@@ -289,6 +307,15 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _holds_anything(self) -> bool:
+        assert self._path is not None
+        try:
+            return self._path.stat().st_size > 0
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
 
     def _set_aside(self, error: JournalError) -> None:
         """Out of the way, for whoever wants to look at it; one at most."""

@@ -179,6 +179,22 @@ def test_a_journal_whose_last_changes_are_only_in_its_log_is_not_old(
     assert list(path.parent.iterdir()) == []
 
 
+def test_after_another_boot_nothing_in_it_is_old(
+    path: Path, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(path, session)
+    with contextlib.closing(JournalFile(path)) as file:
+        file._database.execute("UPDATE calls SET since = 1.0")
+    with contextlib.closing(JournalFile(path)) as file:
+        assert [record.since for record in file.load()] == [1.0]
+    monkeypatch.setattr(journal_module, "_boot", lambda: 1)
+    began = time.monotonic()
+    for _ in range(2):
+        with contextlib.closing(JournalFile(path)) as file:
+            (record,) = file.load()
+        assert began <= record.since <= time.monotonic()
+
+
 # -- what cannot be read ---------------------------------------------------------------------------
 
 
@@ -311,6 +327,25 @@ class FullDisk:
 
 
 LARGE = "x" * 1_000_000
+
+
+def test_a_disk_that_is_full_at_the_start_is_tried_again(
+    path: Path, session: Session, logged: list[LogLine]
+) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, usual[1]))
+    try:
+        with pytest.raises(JournalError):
+            Journal(path, JournalMode.REQUIRED).open()
+        journal = opened(path)
+        begin(session, 1)
+        assert journal.commit(session, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert journal.commit(session, journal_module.RETRY_S)
+    journal.close()
+    assert len(JournalFile(path).load()) == 1
+    assert [line.event for line in logged] == ["journal_failed", "journal_restored"]
 
 
 def test_a_full_disk_is_reported_once_and_what_is_known_is_written_when_there_is_room(
