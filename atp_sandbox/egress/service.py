@@ -231,7 +231,14 @@ class EgressService:
             self._fail(f"it cannot be launched: {error.strerror}")
             return
         self._popen = launched.process
-        self._process = ProcessHandle(launched.process.pid)
+        try:
+            self._process = ProcessHandle(launched.process.pid)
+        except OSError as error:
+            launched.channel.close()
+            self._popen.kill()  # it is our child, not reaped yet
+            self._popen.wait()
+            self._fail(f"it cannot be watched: {error.strerror}")
+            return
         self._channel = Channel(
             self._loop,
             launched.channel,

@@ -244,7 +244,7 @@ def _handles(pids: set[int]) -> Iterator[dict[int, int]]:
     handles: dict[int, int] = {}
     try:
         for pid in pids - {0}:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it ended, or EMFILE: then it is there next time
                 handles[pid] = os.pidfd_open(pid)
         yield handles
     finally:

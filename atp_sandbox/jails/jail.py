@@ -368,7 +368,8 @@ class Jail:
 
     def _on_up(self, pid: int, zygote_inner_pid: int) -> None:
         """The warden speaks: it is our child, so its number cannot have been used again."""
-        self._meet_warden(pid)
+        if not self._meet_warden(pid):
+            return
         self._zygote_inner_pid = zygote_inner_pid
         self._settle_warden_channel()
         self._reap_builder()
@@ -377,12 +378,18 @@ class Jail:
             self._warden_channel.send(frames.encode("slot", slot))
         self._when_both_have_spoken()
 
-    def _meet_warden(self, pid: int) -> None:
+    def _meet_warden(self, pid: int) -> bool:
+        """Whether it can be watched."""
         if self._warden_handle is None:
-            self._warden_pid, self._warden_handle = pid, ProcessHandle(pid)
+            try:
+                self._warden_pid, self._warden_handle = pid, ProcessHandle(pid)
+            except OSError as error:  # such as EMFILE
+                self._fail_setup("start", f"its warden cannot be watched: {error.strerror}")
+                return False
             self._loop.watch(
                 self._warden_handle.fileno(), READ, lambda _events: self._end("its warden ended")
             )
+        return True
 
     def _settle_warden_channel(self) -> None:
         """Once builder and warden have both spoken, in whichever order, only the warden may."""
@@ -467,9 +474,9 @@ class Jail:
     def _on_warden(self, message: frames.Message, sender: int) -> None:
         match message[0]:
             case "forked":
-                self._meet_warden(message[1])
-                self._builder_has_spoken = True
-                self._settle_warden_channel()
+                if self._meet_warden(message[1]):
+                    self._builder_has_spoken = True
+                    self._settle_warden_channel()
             case "failed":
                 self._fail_setup(message[1], message[3])
             case "up":

@@ -67,7 +67,11 @@ class JanitorService:
 
     def _launch(self) -> None:
         self._timer = None
-        reader, writer = os.pipe()
+        try:
+            reader, writer = os.pipe()
+        except OSError as error:
+            self._restart_later(f"it could not be launched: {error.strerror}")
+            return
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", janitor.__file__],
@@ -86,8 +90,15 @@ class JanitorService:
             return
         finally:
             os.close(reader)
+        try:
+            self._process = ProcessHandle(self._popen.pid)
+        except OSError as error:
+            os.close(writer)
+            self._popen.kill()  # it is our child, not reaped yet
+            self._popen.wait()
+            self._restart_later(f"it cannot be watched: {error.strerror}")
+            return
         self._pipe = writer
-        self._process = ProcessHandle(self._popen.pid)
         self._loop.watch(self._process.fileno(), READ, lambda _events: self._on_end())
 
     def _line(self) -> bytes:

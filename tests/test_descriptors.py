@@ -1,0 +1,82 @@
+"""Descriptors that run out end what could not have them, and never the supervisor."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import PATIENCE_S, LogLine, NodeMaker, ServedNode, toolkit_text
+
+from atp_sandbox.egress import service as egress_service
+from atp_sandbox.jails import jail as jail_module
+from atp_sandbox.jails import janitor_service
+from atp_sandbox.jails.janitor_service import Duty, JanitorService
+from atp_sandbox.jails.processes import ProcessHandle
+from atp_sandbox.loop import Loop
+from atp_sandbox.toolkit import State
+
+
+def run_out_once(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """The next process that `module` wants to watch cannot be; tells whether that was so."""
+    refused: list[int] = []
+
+    def refuse_once(pid: int) -> ProcessHandle:
+        if not refused:
+            refused.append(pid)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return ProcessHandle(pid)
+
+    monkeypatch.setattr(module, "ProcessHandle", refuse_once)
+    return lambda: bool(refused)
+
+
+def test_a_jail_that_cannot_be_watched_is_made_again(
+    make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(toolkit_text())
+    was_refused = run_out_once(jail_module, monkeypatch)
+    end_zygote(node)
+    node.until(was_refused, "a jail that is refused")
+    node.until(lambda: node.toolkit and node.toolkit.state is State.SERVING, "the next one")
+    node.assert_healthy()
+
+
+def end_zygote(node: ServedNode) -> None:
+    assert node.toolkit is not None
+    assert node.toolkit._main is not None
+    os.kill(node.toolkit._main._zygote_pid, signal.SIGKILL)
+    node.until(lambda: node.toolkit and node.toolkit.state is State.RESTARTING, "its end")
+
+
+def test_an_egress_process_that_cannot_be_watched_is_started_again(
+    make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(toolkit_text())
+    egress = node.node.egress
+    assert egress is not None
+    was_refused = run_out_once(egress_service, monkeypatch)
+    assert egress._process is not None
+    egress._process.kill()
+    node.until(was_refused, "one that is refused")
+    node.until(lambda: egress._is_ready, "its successor")
+    node.assert_healthy()
+
+
+def test_a_janitor_that_cannot_be_watched_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[LogLine]
+) -> None:
+    was_refused = run_out_once(janitor_service, monkeypatch)
+    loop = Loop()
+    service = JanitorService(loop, Duty(str(tmp_path / "scratch-"), None))
+    try:
+        assert was_refused()
+        assert loop.run_until(lambda: service._process is not None, PATIENCE_S)
+        assert [line.event for line in logged] == ["janitor_ended"]
+    finally:
+        service.close()
+        loop.close()
