@@ -162,6 +162,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     counter.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("point", POINTS)
 def test_successor_gives_the_one_answer_wherever_the_supervisor_died(
