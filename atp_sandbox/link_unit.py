@@ -53,7 +53,7 @@ MAX_UNSENT_BYTES = 4 * MIB
 MAX_WAITING_BYTES = 8 * MIB
 """While more answers wait than this, the backend takes none: no request is taken, no call begun."""
 CONFIRM_AFTER_S = 0.01
-"""From an answer to the ping that asks whether it was read: one for all that follow meanwhile."""
+"""From an answer to the ping that asks whether it was read, while others are to follow it."""
 _RETRY_FLUSH_S = 0.02
 _UPKEEP_S = 5.0
 """Between two looks at what only time changes."""
@@ -392,7 +392,9 @@ class LinkUnit:
                 self._link.send(text)
             # The connection writes at the end of this turn, and then we are asked again.
             self._loop.call_soon(self._sent)
-        if outbox.unconfirmed and self._ping_timer is None:
+        if outbox.unconfirmed and self.is_idle:
+            self._link.ping()
+        elif outbox.unconfirmed and self._ping_timer is None:
             self._ping_timer = self._loop.call_later(CONFIRM_AFTER_S, self._ping)
         self._link.pause_reading(self._is_backed_up)
         if self._starting and not self._is_backed_up:
