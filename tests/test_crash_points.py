@@ -71,8 +71,9 @@ class Counter:
                 client, _ = self._listener.accept()
                 with client, contextlib.suppress(OSError):
                     key = client.makefile("rb").readline()
-                    self._history.executed(time.monotonic(), key.decode().rstrip("\n"))
-                    client.sendall(b"ok")
+                    if key.endswith(b"\n"):  # else it died before it could report
+                        self._history.executed(time.monotonic(), key.decode().rstrip("\n"))
+                        client.sendall(b"ok")
 
 
 @dataclass
