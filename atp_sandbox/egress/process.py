@@ -52,9 +52,9 @@ def run(config: dict[str, Any]) -> None:
     # Made while it can have its pair of sockets.
     loop = asyncio.new_event_loop()
     loop.set_default_executor(ThreadPoolExecutor(_RESOLVER_THREADS, "resolver"))
-    _allow_descriptors()
     sys.unraisablehook = lambda _: None  # it would print what was sent
     try:
+        _allow_descriptors()
         lock_down(
             config["outside_id"],
             has_landlock=config["has_landlock"],
@@ -86,8 +86,11 @@ def _prepare_tls() -> Tls:
 
 
 def _allow_descriptors() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except OSError as error:
+        raise Refused("resource_limits", str(error.strerror)) from None
 
 
 def _plain(text: str) -> str:
