@@ -55,6 +55,8 @@ MAX_WAITING_BYTES = 8 * MIB
 CONFIRM_AFTER_S = 0.01
 """From an answer to the ping that asks whether it was read, while others are to follow it."""
 _RETRY_FLUSH_S = 0.02
+MAX_LOGGED_ID_CHARS = 200
+"""Of the id of a request that is refused for what it is."""
 _UPKEEP_S = 5.0
 """Between two looks at what only time changes."""
 
@@ -268,7 +270,7 @@ class LinkUnit:
                     log.INFO,
                     "request_rejected",
                     failure.error,
-                    request_id=request_id_json,
+                    request_id=request_id_json[:MAX_LOGGED_ID_CHARS],
                     tool=tool,
                     kind=failure.kind.value,
                 )

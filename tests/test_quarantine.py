@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_sandbox.outcome import Kind
+from atp_sandbox.scheduling import quarantine as module
 from atp_sandbox.scheduling.quarantine import (
     CRASHES,
     FIRST_S,
     HEALTHY_S,
     LONGEST_S,
+    PERSISTS_S,
     WINDOW_S,
     Phase,
     Quarantine,
@@ -30,7 +33,8 @@ from atp_sandbox.toolkit import State
 
 def opened(now: float = 0.0) -> Quarantine:
     quarantine = Quarantine()
-    for _ in range(CRASHES - 1):
+    assert not quarantine.worker_crashed(now - PERSISTS_S)
+    for _ in range(CRASHES - 2):
         assert not quarantine.worker_crashed(now)
     assert quarantine.worker_crashed(now)
     return quarantine
@@ -48,6 +52,13 @@ def test_five_crashes_of_every_worker_open_it_and_fewer_do_not() -> None:
         assert not quarantine.worker_survived(0.0)
         assert not refused(quarantine, 0.0)
     assert opened().phase is Phase.OPEN
+
+
+def test_a_burst_of_calls_that_crash_does_not_open_it() -> None:
+    quarantine = Quarantine()
+    for number in range(100):
+        assert not quarantine.worker_crashed(number * PERSISTS_S / 100)
+    assert quarantine.worker_crashed(PERSISTS_S)
 
 
 def test_crashes_far_apart_do_not_count() -> None:
@@ -103,7 +114,8 @@ def test_after_a_while_in_service_it_begins_with_the_shortest_wait(
     refused(quarantine, FIRST_S)
     quarantine.worker_survived(FIRST_S)
     now = FIRST_S + healthy_s
-    for _ in range(CRASHES):
+    quarantine.worker_crashed(now - PERSISTS_S)
+    for _ in range(CRASHES - 1):
         quarantine.worker_crashed(now)
     assert quarantine.until - now == wait_s
 
@@ -145,6 +157,11 @@ KIT = """
 """
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PERSISTS_S", 0.0)
+
+
 def kill_zygote(node: ServedNode) -> None:
     assert node.toolkit is not None
     main = node.toolkit._main
@@ -152,6 +169,7 @@ def kill_zygote(node: ServedNode) -> None:
     os.kill(main._zygote_pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("lifetime", ["call", "calls:10", "jail"])
 def test_a_toolkit_whose_every_call_crashes_is_quarantined_and_one_good_call_brings_it_back(
     make_node: NodeMaker, lifetime: str, logged: list[LogLine]
@@ -178,6 +196,7 @@ def test_a_toolkit_whose_every_call_crashes_is_quarantined_and_one_good_call_bri
     assert events == ["toolkit_quarantined", "toolkit_quarantined", "toolkit_restored"]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_calls_that_wait_are_told_when_their_toolkit_is_quarantined(make_node: NodeMaker) -> None:
     node = make_node(toolkit_text(KIT), concurrency=1)
     tickets = [node.submit("crash") for _ in range(CRASHES + 3)]
@@ -246,13 +265,16 @@ def test_other_toolkits_do_not_notice(tmp_path: Path, backend: FakeBackend) -> N
         ATP_API_KEY="key",
     ) as serve:
         link = backend.accept()
-        for number in range(100):
+        wanted = itertools.count()
+
+        def is_quarantined() -> bool:
+            number = next(wanted)
             link.request(f"bad {number}", "crash")
             link.request(f"good {number}", "echo", value=number)
-        wait_until(lambda: len(link.answers) == 200, "all answers")
-        by_id = {answer["request_id"]: answer["result"] for answer in link.answers}
-        assert [by_id[f"good {number}"] for number in range(100)] == list(range(100))
-        kinds = [by_id[f"bad {number}"]["error_type"] for number in range(100)]
-        assert set(kinds) == {"crashed", "unavailable"}
-        assert "toolkit_quarantined" in serve.log or "out of service" in serve.log
+            assert link.result(f"good {number}") == number
+            return bool(link.result(f"bad {number}")["error_type"] == "unavailable")
+
+        wait_until(is_quarantined, "the quarantine")
+        assert link.call("as ever", "echo", value=1) == 1
+        assert "out of service" in serve.log
         assert serve.stop() == 0

@@ -105,7 +105,8 @@ def _tool_request(content: dict[str, Any], may_be_deep: bool) -> ToolRequest | R
     except ValueError:
         return Ignored("a tool request whose request_id is not finite")
     if len(request_id_json) > MAX_REQUEST_ID_BYTES:
-        return Ignored("a tool request whose request_id is too long")
+        # Answered, but never run: nothing is to be remembered under such a name.
+        return _invalid_params(request_id_json, None, _LONG_ID)
 
     tool = content.get("tool_name", _ABSENT)
     if type(tool) is not str:
@@ -131,6 +132,7 @@ def _tool_request(content: dict[str, Any], may_be_deep: bool) -> ToolRequest | R
     return ToolRequest(request_id_json, tool, params, params_json, token_json)
 
 
+_LONG_ID = f"request_id is longer than {MAX_REQUEST_ID_BYTES:,} bytes of JSON"
 _TOO_DEEP = f"params are nested more than {MAX_JSON_DEPTH} levels deep"
 _NOT_FINITE = "must hold only finite numbers, no NaN or Infinity"
 
@@ -192,7 +194,6 @@ def _reject_too_deep(payload: bytes) -> Rejected | Ignored:
         is_request = message["message_type"] == "atp_tool_request"
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return Ignored("nested too deep")
-    is_usable = request_id_json != "null" and len(request_id_json) <= MAX_REQUEST_ID_BYTES
-    if not is_request or not is_usable:
+    if not is_request or request_id_json == "null":
         return Ignored("nested too deep")
     return _invalid_params(request_id_json, tool if type(tool) is str else None, _TOO_DEEP)

@@ -14,6 +14,8 @@ from atp_sandbox.outcome import Failure, Kind
 CRASHES = 5
 WINDOW_S = 60.0
 """So many crashes within so long, and it is out of service."""
+PERSISTS_S = 5.0
+"""Of workers: a burst of calls that crash is over before anybody is helped by refusing others."""
 FIRST_S = 1.0
 LONGEST_S = 60.0
 """Out of service at first, and at most: each try that fails doubles it."""
@@ -41,6 +43,8 @@ class Quarantine:
         self._of_jails: deque[float] = deque(maxlen=CRASHES)
         self._of_workers: deque[float] = deque(maxlen=CRASHES)
         """Of every worker: since one that did not crash."""
+        self._began_at: float | None = None
+        """The first of those."""
         self._next_s = FIRST_S
         self._closed_at = 0.0
         self._is_trying = False
@@ -54,12 +58,17 @@ class Quarantine:
         """A call ended with its worker."""
         self._is_trying = False
         self._of_workers.append(now)
+        if self._began_at is None:
+            self._began_at = now
+        if self.phase is Phase.CLOSED and now - self._began_at < PERSISTS_S:
+            return False
         return self._crashed(self._of_workers, now)
 
     def worker_survived(self, now: float) -> bool:
         """A call ended in any other way."""
         self._is_trying = False
         self._of_workers.clear()
+        self._began_at = None
         if self.phase is not Phase.TRYING:
             return False
         self.phase, self._closed_at = Phase.CLOSED, now
