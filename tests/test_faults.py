@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.faults import Report, run_faults
 from benchmarks.history import FaultKind
 
-SEEDS = [3, 13]
+SEEDS = [13]
 RECONNECTS, KILLS = 20, 2
 
 
