@@ -6,6 +6,7 @@ submitted ends in one `call_finished`.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
 from atp_sandbox.outcome import Failure, Kind, Limit, Outcome
 from atp_sandbox.scheduling import pool, verdict
-from atp_sandbox.scheduling.quarantine import WINDOW_S, Quarantine
+from atp_sandbox.scheduling.quarantine import TRYING_S, WINDOW_S, Quarantine
 from atp_sandbox.scheduling.shares import Shares
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 from atp_sandbox.state import scratch_directory
@@ -124,9 +125,8 @@ class ServedToolkit:
         self._networks: WeakKeyDictionary[Jail, JailNetwork] = WeakKeyDictionary()
         self._jails_made = 0
         self._listener = listener
-        self._pool = pool.Pool(
-            settings.limits, settings.lifetime, toolkit=settings.name, total=waiting
-        )
+        self._total_waiting = waiting
+        self._pool = self._make_pool()
         self.state = State.DISCOVERING
         self.discovery: Discovery | None = None
         self.landlock_abi = 0
@@ -142,7 +142,7 @@ class ServedToolkit:
         self._restart_error: SandboxError | None = None
         """Why it could not be started again, as long as that is so."""
         self.quarantine = Quarantine()
-        self._launched_at = 0.0
+        self._up_since = 0.0
         self._next_slow_look = 0.0
         self._overloads = 0
         """Calls answered `overloaded` that the log was not told of yet."""
@@ -152,7 +152,6 @@ class ServedToolkit:
 
     def discover(self) -> None:
         """Launch the jail in which the toolkit is imported."""
-        self._launched_at = self._loop.now()
         try:
             self._main = self._make_jail()
         except (SandboxError, OSError) as error:
@@ -174,6 +173,7 @@ class ServedToolkit:
             except ValueError as error:
                 sentence = f"The token cannot be kept outside of the jail: {error}."
                 failure = Failure(Kind.AUTH_REQUIRED, sentence)
+                self.quarantine.call_vanished()
                 self._listener.call_finished(call, failure, "")
                 return
         entry = pool.Call(
@@ -188,7 +188,9 @@ class ServedToolkit:
     def _out_of_service(self, now: float) -> Failure | None:
         if self._restart_error is None:
             return self.quarantine.refusal(self.name, now)
-        wait_s = 0.0 if self._import_timer is None else self._import_timer.when - now
+        wait_s = TRYING_S
+        if self._main is None and self._import_timer is not None:
+            wait_s = self._import_timer.when - now
         return Failure(
             Kind.UNAVAILABLE,
             f"The toolkit {self.name} could not be started again: {self._restart_error.message}",
@@ -333,7 +335,7 @@ class ServedToolkit:
         self._restart_error = None
         self.landlock_abi = jail.landlock_abi
         is_first = self.discovery is None
-        self.state = State.SERVING
+        self.state, self._up_since = State.SERVING, self._loop.now()
         if is_first:
             self.discovery = discovery
             self._settle_lifetime(threads)
@@ -386,6 +388,8 @@ class ServedToolkit:
                 self.state = State.RESTARTING  # so that its calls do not count one by one
                 self._obey(self._pool.supply_lost(reason, now))
                 self._note_quarantine(self.quarantine.jail_crashed(now))
+                if now - self._up_since > _STABLE_S:
+                    self._restart_s = _FIRST_RESTART_S
                 self._restart_later()
             self._main = None
 
@@ -608,12 +612,24 @@ class ServedToolkit:
         self._timer = None
         self._obey(self._pool.tick(self._loop.now()))
 
+    def _make_pool(self) -> pool.Pool:
+        return pool.Pool(
+            self.settings.limits, self.lifetime, toolkit=self.name, total=self._total_waiting
+        )
+
     # -- jails -------------------------------------------------------------------------------------
 
     def _make_jail(self) -> Jail:
         """A jail in a group of its own, as large as all calls together may get."""
-        limits = self.settings.limits
         self._jails_made += 1
+        with contextlib.ExitStack() as undo:
+            jail = self._launch_jail(undo)
+            undo.pop_all()
+        return jail
+
+    def _launch_jail(self, undo: contextlib.ExitStack) -> Jail:
+        """`undo` gives back what was made for it, should it not be launched."""
+        limits = self.settings.limits
         group = None
         if self._cgroups is not None:
             calls = 1 if self.lifetime.kind is LifetimeKind.JAIL else 2 * limits.concurrency
@@ -622,10 +638,12 @@ class ServedToolkit:
                 memory_bytes=RESTING_BYTES + (1 + calls) * limits.memory_bytes,
                 pids_max=jail_processes(limits),
             )
+            undo.callback(group.close)
             group.prepare_calls(1 if calls == 1 else limits.concurrency + pool.MAX_AHEAD)
         network = None
         if self._egress is not None:
             network = self._egress.jail(self.name, self.settings.egress)
+            undo.callback(network.close)
         spec = self._spec(network)
         jail = Jail(self._loop, spec, group, self._mover, self._farewells, self, network)
         if network is not None:
@@ -681,7 +699,7 @@ class ServedToolkit:
                 lifetime="jail",
             )
             self.lifetime = Lifetime(LifetimeKind.JAIL)
-            self._pool = pool.Pool(self.settings.limits, self.lifetime)
+            self._pool = self._make_pool()
         elif threads == 1 and self.lifetime.kind is LifetimeKind.JAIL and self._main is not None:
             # Nothing of the toolkit runs in it any more.
             self._main.close()
@@ -704,8 +722,6 @@ class ServedToolkit:
 
     def _restart_later(self) -> None:
         self.state = State.RESTARTING
-        if self._loop.now() - self._launched_at > _STABLE_S:
-            self._restart_s = _FIRST_RESTART_S
         # In quarantine, it is made anew when it is to be tried.
         when = max(self._loop.now() + self._restart_s, self.quarantine.until)
         self._import_timer = self._loop.call_at(when, self.discover)

@@ -23,6 +23,7 @@ from atp_sandbox import log, supervisor
 from atp_sandbox.egress.tokens import substitute
 from atp_sandbox.outcome import Kind
 from atp_sandbox.policy import parse_reroute, policy_of
+from atp_sandbox.scheduling.quarantine import Phase
 from atp_sandbox.toolkit import NodeCall
 
 HOST = "api.hubapi.com"
@@ -246,6 +247,16 @@ def test_a_token_that_no_header_could_hold_is_refused(injected: ServedNode, toke
     ticket = injected.call("create_company", COMPANY, token=token)
     assert ticket.failure.kind is Kind.AUTH_REQUIRED
     assert "cannot be kept outside of the jail" in ticket.failure.error
+
+
+def test_a_token_that_is_refused_takes_nobody_the_turn_to_try_a_toolkit_in_quarantine(
+    injected: ServedNode,
+) -> None:
+    assert injected.toolkit is not None
+    injected.toolkit.quarantine.phase = Phase.TRYING
+    assert injected.call("create_company", COMPANY, "x" * 70_000).failure.kind is Kind.AUTH_REQUIRED
+    assert inside(injected, tell_token).startswith(PREFIX)
+    assert injected.toolkit.quarantine.phase is Phase.CLOSED
 
 
 def scan_from_outside(secret: bytes) -> list[int]:

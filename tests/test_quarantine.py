@@ -14,6 +14,7 @@ from conftest import LogLine, NodeMaker, ServedNode, toolkit_text, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atp_sandbox import toolkit as toolkit_module
 from atp_sandbox.outcome import Kind
 from atp_sandbox.scheduling import quarantine as module
 from atp_sandbox.scheduling.quarantine import (
@@ -22,6 +23,7 @@ from atp_sandbox.scheduling.quarantine import (
     HEALTHY_S,
     LONGEST_S,
     PERSISTS_S,
+    TRYING_S,
     WINDOW_S,
     Phase,
     Quarantine,
@@ -246,6 +248,47 @@ def test_a_toolkit_that_cannot_start_again_says_that_and_not_that_it_crashed(
     node.toolkit._make_jail = make_jail  # type: ignore[method-assign]
     node.until(lambda: node.toolkit.state is State.SERVING, "its return")
     node.assert_healthy()
+
+
+def test_starts_that_fail_are_ever_rarer_however_long_each_takes(
+    make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(toolkit_text(KIT))
+    assert node.toolkit is not None
+    monkeypatch.setattr(toolkit_module, "_STABLE_S", -1.0)
+    tries: list[float] = []
+
+    def refuse() -> object:
+        tries.append(node.loop.now())
+        raise OSError(24, "Too many open files")
+
+    node.toolkit._make_jail = refuse  # type: ignore[method-assign,assignment]
+    kill_zygote(node)
+    node.until(lambda: len(tries) == 4, "starts that fail")
+    first, _, third, fourth = tries
+    assert (third - first, fourth - third) >= (0.2 + 0.4, 0.8)
+    retry_after_s = node.call("fail").failure.retry_after_s
+    assert retry_after_s is not None
+    assert 1.0 < retry_after_s <= 1.6
+
+
+def test_while_a_start_is_tried_nobody_is_sent_away_for_as_long_as_it_may_take(
+    make_node: NodeMaker,
+) -> None:
+    node = make_node(toolkit_text(KIT))
+    assert node.toolkit is not None
+    make_jail, tried = node.toolkit._make_jail, []
+
+    def refuse() -> object:
+        tried.append(1)
+        raise OSError(24, "Too many open files")
+
+    node.toolkit._make_jail = refuse  # type: ignore[method-assign,assignment]
+    kill_zygote(node)
+    node.until(lambda: tried, "a start that fails")
+    node.toolkit._make_jail = make_jail  # type: ignore[method-assign]
+    node.until(lambda: node.toolkit and node.toolkit._main, "the next one")
+    assert node.call("fail").failure.retry_after_s == TRYING_S
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 from conftest import HEAD, LogLine, NodeMaker, toolkit_text
 
 from atp_sandbox import routing
-from atp_sandbox.outcome import Kind
-from atp_sandbox.settings import LifetimeKind
+from atp_sandbox.outcome import Kind, Limit
+from atp_sandbox.scheduling.shares import TOTAL_QUEUE
+from atp_sandbox.settings import LifetimeKind, ServeOptions
 
 # -- start and end of the script -------------------------------------------------------------------
 
@@ -90,6 +91,24 @@ def test_threads_after_the_import_change_the_lifetime_and_calls_still_work(
     ]
     assert node.call("threads").value == 2
     assert node.call("threads").value == 2
+
+
+def test_calls_of_a_toolkit_that_runs_threads_wait_within_the_bound_of_all(
+    make_node: NodeMaker,
+) -> None:
+    body = """
+        import threading
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+        @tool
+        def wait(**_):
+            threading.Event().wait()
+    """
+    node = make_node(toolkit_text(body), concurrency=1)
+    while node.node._waiting.missing("another toolkit", 0) is None:
+        node.node._waiting.take("another toolkit", 0)
+    node.submit("wait")
+    assert node.call("wait").failure.limit == Limit(TOTAL_QUEUE, ServeOptions().queue, "calls")
 
 
 # -- imports that fail -----------------------------------------------------------------------------
