@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +18,7 @@ from conftest import PATIENCE_S, LogLine, NodeMaker, ServedNode, toolkit_text
 from atp_sandbox.egress import service as egress_service
 from atp_sandbox.jails import jail as jail_module
 from atp_sandbox.jails import janitor_service
+from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.janitor_service import Duty, JanitorService
 from atp_sandbox.jails.processes import ProcessHandle
 from atp_sandbox.loop import Loop
@@ -44,6 +48,57 @@ def test_a_jail_that_cannot_be_watched_is_made_again(
     node.until(was_refused, "a jail that is refused")
     node.until(lambda: node.toolkit and node.toolkit.state is State.SERVING, "the next one")
     node.assert_healthy()
+
+
+def test_a_jail_that_cannot_be_launched_leaves_no_group_and_no_network(
+    make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(toolkit_text())
+    refused: list[int] = []
+
+    def refuse(loop: Loop) -> None:
+        refused.append(1)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jail_module, "OutputPipe", refuse)
+        end_zygote(node)
+        node.until(lambda: len(refused) == 2, "jails that are refused")
+    node.until(lambda: node.toolkit and node.toolkit.state is State.SERVING, "the next one")
+    node.assert_healthy()
+    assert node.node.egress is not None
+    assert len(node.node.egress._jails) == 1
+    tree = node.node._cgroups
+    assert tree is None or len([jail for jail in tree._jails if not jail.is_closed]) == 1
+
+
+def test_many_descriptors_do_not_keep_jails_from_ending(loop: Loop) -> None:
+    """select(2) knows none from 1024 on."""
+    _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < 2_000:
+        pytest.skip(f"no more than {most} descriptors may be open here")
+    ended: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2_000, most))
+    try:
+        with contextlib.ExitStack() as held:
+            for _ in range(1_024):
+                held.callback(os.close, os.dup(0))
+            pid = os.posix_spawn("/proc/self/exe", [sys.executable, "-I", "-S", "-c", ""], {})
+            handle = ProcessHandle(pid)
+            assert handle.fileno() >= 1_024
+            farewells = Farewells(loop)
+            farewells.add(handle, ended.append)
+            farewells.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert ended == [0]
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
 
 
 def end_zygote(node: ServedNode) -> None:

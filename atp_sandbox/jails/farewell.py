@@ -36,7 +36,7 @@ class Farewells:
         """Wait for all of them; kill those that take longer. Safe to call again."""
         deadline = time.monotonic() + min(patience_s, PATIENCE_S)
         for handle in list(self._ending):
-            if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not _has_ended(handle, deadline - time.monotonic()):
                 handle.kill()
             self._conclude(handle)
 
@@ -47,3 +47,10 @@ class Farewells:
         _, status = os.waitpid(handle.pid, 0)
         handle.close()
         then(status)
+
+
+def _has_ended(handle: ProcessHandle, patience_s: float) -> bool:
+    """Whether it ends in time. With poll(2): the number of the descriptor may be any."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(1_000 * max(0.0, patience_s)))
