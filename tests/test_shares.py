@@ -78,6 +78,15 @@ def test_the_bound_that_was_hit_is_named() -> None:
     assert made.missing("a", 1) == Limit("queue", 1, "calls")
 
 
+@pytest.mark.parametrize("calls", [32, 33])
+def test_never_more_than_the_bound_waits_while_members_come_and_go(calls: int) -> None:
+    made = shares(calls=calls)
+    taken = take_all(made, "first")
+    for members in (3, 5, 7):
+        made.divide(members)
+        assert taken + take_all(made, "second") == calls
+
+
 MEMBERS = ["a", "b", "c", "d"]
 
 

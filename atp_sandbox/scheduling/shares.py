@@ -50,6 +50,8 @@ class _Bound:
         self._common = self.most - self._set_aside
 
     def has_room(self, member: str, amount: int) -> bool:
+        if self._parts_used + self._common_used + amount > self.most:
+            return False  # what was taken of larger parts, before they were divided anew
         rest = amount - self._own(member, amount)
         return self._common_used + rest <= self._common
 
