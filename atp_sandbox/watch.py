@@ -40,6 +40,7 @@ _REMEDY = (
     "raise fs.inotify.max_user_instances and fs.inotify.max_user_watches (sysctl), or end what "
     "else watches many files"
 )
+_RENAME = "give every folder a name in UTF-8"
 
 
 _Seen = dict[str, tuple[int, int, int]]
@@ -164,22 +165,26 @@ class FileWatch:
     # -- in the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._is_closed:
+        while True:
             with self._lock:
                 self._anew.clear()
                 watched = dict(self._watched)
+            if self._is_closed:  # asked after `clear`, which may have been that of `stop`
+                return
             try:
                 (self._poll if self._polls else self._watch)(watched)
             except (FileNotFoundError, PermissionError):
                 self._anew.wait(_RETRY_S)
-            except (OSError, RuntimeError) as error:  # watchfiles raises either of inotify's limits
+            # watchfiles raises either of the first two for inotify's limits, and UnicodeError for a
+            # folder whose name is not UTF-8.
+            except (OSError, RuntimeError, UnicodeError) as error:
                 self._polls = True
                 log.emit(
                     log.WARNING,
                     "watch_polls",
-                    "the kernel cannot announce changes, so files are looked at again and again",
+                    "changes cannot be announced, so files are looked at again and again",
                     cause=log.printable(str(error)),
-                    tip=_REMEDY,
+                    tip=_RENAME if isinstance(error, UnicodeError) else _REMEDY,
                 )
 
     def _poll(self, watched: Mapping[str, tuple[Path, ...]]) -> None:

@@ -17,11 +17,20 @@ from typing import Any
 import psutil
 import pytest
 from backends import ROOT, FakeBackend, FakeLink, Serving
-from conftest import NodeMaker, processes_named, toolkit_text, wait_until, write_tree
+from conftest import (
+    PATIENCE_S,
+    LogLine,
+    NodeMaker,
+    processes_named,
+    toolkit_text,
+    wait_until,
+    write_tree,
+)
 
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.limits import Limits
+from atp_sandbox.loop import Loop
 from atp_sandbox.node import snapshot_of
 from atp_sandbox.reload import Turns, needs_restart, tool_changes
 from atp_sandbox.settings import (
@@ -32,7 +41,7 @@ from atp_sandbox.settings import (
     ToolkitSettings,
 )
 from atp_sandbox.toolkit import ServedToolkit
-from atp_sandbox.watch import Places
+from atp_sandbox.watch import FileWatch, Places
 
 KEY = "S3CRET-key-of-the-operator"
 NUMBERS = itertools.count(1_000_000)
@@ -519,6 +528,24 @@ def test_each_step_on_the_way_to_a_file_is_watched_for_its_name_alone(tmp_path: 
     assert missing.keys_of(f"{place}/not") == {"kit"}
     (place / "not").mkdir()
     assert Places({"kit": [place / "not" / "yet.py"]}) != missing
+
+
+def test_a_folder_whose_name_is_no_text_does_not_end_the_watch(
+    tmp_path: Path, logged: list[LogLine]
+) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    told: list[set[str]] = []
+    loop = Loop()
+    watch = FileWatch(loop, told.append)
+    try:
+        watch.watch({"kit": (tmp_path,)})
+        assert loop.run_until(lambda: bool(told), PATIENCE_S), "it was never watched"
+        os.mkdir(os.fsencode(tmp_path) + b"/\xff/new")
+        assert loop.run_until(lambda: len(told) > 1, PATIENCE_S), "the change was not seen"
+    finally:
+        watch.close()
+        loop.close()
+    assert [line.event for line in logged] == ["watch_polls"]
 
 
 @pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])
