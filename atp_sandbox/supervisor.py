@@ -251,22 +251,28 @@ class Supervisor:
         self._node.submit(call)
 
     def link_announced(self, unit: LinkUnit) -> None:
+        self._look_if_announced()
+
+    def _look_if_announced(self) -> None:
         is_all = bool(self._open_units) and all(one.is_announced for one in self._open_units)
         if self._reloader is not None and is_all and not self._stop_requests:
             self._reloader.start(self._units, self.routes)
 
     def link_connected(self, unit: LinkUnit) -> None:
+        self._look_if_ready()
+
+    def _look_if_ready(self) -> None:
         if self._is_ready or not all(u.was_connected for u in self._open_units):
             return
         self._is_ready = True
-        tools = sum(len(unit.tools) for unit in self._units)
+        tools = sum(len(unit.tools) for unit in self._open_units)
         log.emit(
             log.INFO,
             "ready",
             f"ready: {tools} tools of {len(self._discoveries)} toolkits are served",
             tools=tools,
             toolkits=len(self._discoveries),
-            links=len(self._units),
+            links=len(self._open_units),
             isolation=", ".join(sorted({str(t.isolation) for t in self._settings.toolkits})),
             seconds=round(time.monotonic() - self._started_at, 2),
         )
@@ -285,6 +291,10 @@ class Supervisor:
             self._open_units.remove(unit)
         if not self._open_units:
             self._loop.call_later(SCRIPT_END_S if self._stopped_clients else 0.0, self._loop.stop)
+        elif not self._stop_requests:
+            # It may have been the one that the others waited for.
+            self._look_if_announced()
+            self._look_if_ready()
 
     # -- calls -------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import httpx
 import psutil
 import pytest
 from backends import FakeBackend, Serving, is_janitor, wait_until_gone
-from conftest import processes_named, toolkit_text, wait_until, write_tree
+from conftest import PATIENCE_S, processes_named, toolkit_text, wait_until, write_tree
+from websockets.http11 import Request, Response
+from websockets.sync.server import ServerConnection
 
 KEY = "S3CRET-key-of-the-operator"
 TOKEN = "T0KEN-of-a-user"
@@ -240,6 +243,42 @@ def test_first_toolkit_keeps_a_name_and_a_broken_one_is_named_while_others_serve
     assert (ready["tools"], ready["toolkits"], ready["links"]) == (4, 2, 1)
     for event in events:
         assert {"time", "level", "event", "message"} <= event.keys()
+
+
+class LateRefusal(FakeBackend):
+    """Refuses its link, but not before `may_refuse`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refuse_with = 403
+        self.may_refuse = threading.Event()
+
+    def _on_request(self, connection: ServerConnection, request: Request) -> Response | None:
+        self.may_refuse.wait(PATIENCE_S)
+        return super()._on_request(connection, request)
+
+
+def test_link_that_is_refused_keeps_the_others_neither_from_being_ready_nor_from_reloads(
+    tmp_path: Path, backend: FakeBackend
+) -> None:
+    with LateRefusal() as other:
+        for name, url in (("mine", backend.url), ("theirs", other.url)):
+            where = f'app_name="{name}", base_url="{url}"'
+            text = toolkit_text().replace('app_name="tests"', where)
+            (tmp_path / f"{name}.py").write_text(text)
+        kits = (tmp_path / "mine.py", tmp_path / "theirs.py")
+        options = ("--as-written", "--log-format", "json")
+        with Serving(*kits, *options, state_dir=tmp_path / "state") as serve:
+            backend.accept()
+            wait_until(lambda: '"event": "link_connected"' in serve.log, "the link that is taken")
+            assert '"event": "ready"' not in serve.log
+            other.may_refuse.set()
+            wait_until(lambda: '"event": "ready"' in serve.log, "the other one given up")
+            (ready,) = (event for event in serve.events() if event["event"] == "ready")
+            assert ready["links"] == 1
+            serve.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: '"event": "reload_unchanged"' in serve.log, "a reload")
+            assert serve.stop() == 0
 
 
 # -- starts that fail ------------------------------------------------------------------------------
