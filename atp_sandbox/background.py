@@ -12,7 +12,7 @@ from atp_sandbox.errors import SandboxError
 
 T = TypeVar("T")
 
-_CLOSE_S = 1.0
+CLOSE_S = 0.5
 """For the job at hand when all is to end; a file system that hangs may keep the thread for ever."""
 
 
@@ -34,8 +34,14 @@ class Background:
         if self._is_closed:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="atp-background", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="atp-background", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the machine has no processes left for us
+                failure = SandboxError("There is no thread for it.", cause=str(error))
+                self._call_from_thread(partial(then, failure))
+                return
+            self._thread = thread
 
         def work() -> None:
             outcome: T | SandboxError
@@ -54,7 +60,7 @@ class Background:
         self._is_closed = True
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join(_CLOSE_S)
+            self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while (work := self._jobs.get()) is not None and not self._is_closed:

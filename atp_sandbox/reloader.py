@@ -142,6 +142,8 @@ class Reloader:
     def stop(self) -> None:
         """No further changes; waits for nothing."""
         self._is_closed = True
+        if self._watch is not None:
+            self._watch.stop()
 
     def close(self) -> None:
         """End the threads as well; safe to call again."""
@@ -264,6 +266,8 @@ class Reloader:
             self._node.prepare(reload.settings, taken, partial(self._on_prepared, reload))
         except SandboxError as error:
             self._fail(reload, error)
+        except OSError as error:  # what its jails need can be wanting while others are served
+            self._fail(reload, SandboxError("It could not be prepared.", cause=str(error.strerror)))
 
     def _is_unchanged(self, reload: _Reload, taken: TakenSnapshot) -> bool:
         """Whether it is what is served; or what failed the last time, unless somebody insists."""

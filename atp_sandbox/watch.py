@@ -28,6 +28,8 @@ LOOK_MS = 1_000
 """After directories have come to be watched, until what happened before is looked for."""
 _RETRY_S = 1.0
 """A directory went away just then; it is tried again."""
+_START_S = 5.0
+"""Between two attempts to start the thread."""
 _POLL_S = 1.0
 _POLL_SHARE = 10.0
 """Between two looks at least, and so many times as long as a look takes."""
@@ -147,9 +149,20 @@ class FileWatch:
                 return
             self._watched = dict(watched)
             self._anew.set()
-        if self._thread is None and not self._is_closed:
-            self._thread = threading.Thread(target=self._run, name="atp-watch", daemon=True)
-            self._thread.start()
+        self._start()
+
+    def _start(self) -> None:
+        if self._thread is not None or self._is_closed:
+            return
+        thread = threading.Thread(target=self._run, name="atp-watch", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the machine has no processes left for us
+            message = "files are not watched yet; that is tried again"
+            log.emit(log.WARNING, "watch_failed", message, cause=str(error), retry_in_s=_START_S)
+            self._loop.call_later(_START_S, self._start)
+            return
+        self._thread = thread
 
     def stop(self) -> None:
         """Nothing is told any more; waits for nothing."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from conftest import (
     write_tree,
 )
 
+from atp_sandbox import watch as watch_module
+from atp_sandbox.background import Background
 from atp_sandbox.discovery import Discovery
 from atp_sandbox.errors import SandboxError
 from atp_sandbox.limits import Limits
@@ -528,6 +531,43 @@ def test_each_step_on_the_way_to_a_file_is_watched_for_its_name_alone(tmp_path: 
     assert missing.keys_of(f"{place}/not") == {"kit"}
     (place / "not").mkdir()
     assert Places({"kit": [place / "not" / "yet.py"]}) != missing
+
+
+class NoThreads(threading.Thread):
+    """As where the machine has no processes left for us, once."""
+
+    refusals = 0
+
+    def start(self) -> None:
+        if NoThreads.refusals:
+            NoThreads.refusals -= 1
+            raise RuntimeError("can't start new thread")
+        super().start()
+
+
+def test_without_a_thread_a_reload_fails_and_files_are_watched_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[LogLine]
+) -> None:
+    monkeypatch.setattr(threading, "Thread", NoThreads)
+    monkeypatch.setattr(NoThreads, "refusals", 2)
+    monkeypatch.setattr(watch_module, "_START_S", 0.01)
+    told: list[set[str]] = []
+    outcomes: list[int | SandboxError] = []
+    loop = Loop()
+    background, watch = Background(loop.call_from_thread), FileWatch(loop, told.append)
+    try:
+        background.run(lambda: 1, outcomes.append)
+        watch.watch({"kit": (tmp_path,)})
+        assert NoThreads.refusals == 0
+        background.run(lambda: 2, outcomes.append)
+        assert loop.run_until(lambda: bool(told) and len(outcomes) == 2, PATIENCE_S)
+    finally:
+        background.close()
+        watch.close()
+        loop.close()
+    assert isinstance(outcomes[0], SandboxError)
+    assert outcomes[1] == 2
+    assert [line.event for line in logged] == ["watch_failed"]
 
 
 def test_a_folder_whose_name_is_no_text_does_not_end_the_watch(
