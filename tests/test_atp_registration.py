@@ -439,6 +439,25 @@ def test_no_tools_end_the_first_round_at_once(registration: Registration) -> Non
     registration.until(lambda: registration.first_rounds)
 
 
+def test_without_a_thread_it_begins_later(
+    backend: Backend, registration: Registration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    refused: list[threading.Thread] = []
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if thread.name == "atp-registration" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    registration.start(backend.url, KW)
+    assert refused
+    assert registration.until_events(1) == [Registered("kw")]
+    assert registration.first_rounds == 1
+
+
 def test_stop_ends_retries_and_callbacks(backend: Backend, registration: Registration) -> None:
     backend.script = [Answer(500)]
     before = threading.enumerate()  # one of the test before may still be on its way out

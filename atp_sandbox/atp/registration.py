@@ -175,7 +175,20 @@ class Registrar:
         self._first_round_timer = self._loop.call_later(
             self._timings.first_round_s, self._end_first_round
         )
-        self._thread.start()
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        if self._stopped.is_set():
+            return
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the machine has no processes left for us
+            message = "the backend is not told of tools yet; that is tried again"
+            delay_s = self._timings.backoff_first_s
+            log.emit(
+                log.WARNING, "registration_delayed", message, cause=str(error), retry_in_s=delay_s
+            )
+            self._loop.call_later(delay_s, self._start_thread)
 
     def stop(self) -> None:
         """No further attempts and no further callbacks. Safe to repeat; waits for nothing."""
