@@ -557,9 +557,11 @@ class ServedToolkit:
 
     def _note_end(self, outcome: Outcome, *, has_run: bool) -> None:
         now = self._loop.now()
-        if not has_run or self.state is not State.SERVING:
+        failed = outcome.kind if isinstance(outcome, Failure) else None
+        # One that its worker was not handed, since the journal cannot be written, is unavailable.
+        if not has_run or self.state is not State.SERVING or failed is Kind.UNAVAILABLE:
             self.quarantine.call_vanished()
-        elif isinstance(outcome, Failure) and outcome.kind is Kind.CRASHED:
+        elif failed is Kind.CRASHED:
             self._note_quarantine(self.quarantine.worker_crashed(now))
         elif self.quarantine.worker_survived(now):
             log.emit(log.INFO, "toolkit_restored", "back in service", toolkit=self.name)

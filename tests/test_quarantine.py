@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_sandbox import toolkit as toolkit_module
-from atp_sandbox.outcome import Kind
+from atp_sandbox.journal import UNAVAILABLE
+from atp_sandbox.outcome import Failure, Kind
 from atp_sandbox.scheduling import quarantine as module
 from atp_sandbox.scheduling.quarantine import (
     CRASHES,
@@ -28,7 +29,7 @@ from atp_sandbox.scheduling.quarantine import (
     Phase,
     Quarantine,
 )
-from atp_sandbox.toolkit import State
+from atp_sandbox.toolkit import NodeCall, State
 
 # -- the decision ----------------------------------------------------------------------------------
 
@@ -248,6 +249,23 @@ def test_a_toolkit_that_cannot_start_again_says_that_and_not_that_it_crashed(
     node.toolkit._make_jail = make_jail  # type: ignore[method-assign]
     node.until(lambda: node.toolkit.state is State.SERVING, "its return")
     node.assert_healthy()
+
+
+def test_a_call_that_its_worker_was_not_handed_shows_nothing(make_node: NodeMaker) -> None:
+    node = make_node(toolkit_text(KIT))
+    assert node.toolkit is not None
+    node.toolkit.quarantine.phase = Phase.TRYING
+    hand_over = node.call_starting
+
+    def refuse(call: NodeCall, go: object, refuse: Callable[[Failure], None]) -> None:
+        refuse(UNAVAILABLE)
+
+    node.call_starting = refuse  # type: ignore[method-assign]
+    assert node.call("fail").failure == UNAVAILABLE
+    assert node.toolkit.quarantine.phase is Phase.TRYING
+    node.call_starting = hand_over  # type: ignore[method-assign]
+    node.assert_healthy()
+    assert node.toolkit.quarantine.phase is Phase.CLOSED
 
 
 def test_starts_that_fail_are_ever_rarer_however_long_each_takes(
