@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import queue
+import resource
 import select
 import signal
 import subprocess
@@ -567,6 +568,29 @@ def test_closing_a_jail_ends_what_is_in_it(
     top = support.directories["pids"]
     assert not list(Path(top).glob(f"atp-sandbox/{os.getpid()}-*/kit"))
     assert call.give_back(), "a call may end after its jail"
+
+
+def test_without_descriptors_a_jail_is_not_taken_for_gone_and_goes_later(
+    tree: CgroupTree, support: CgroupSupport, start: Starter
+) -> None:
+    jail = tree.jail("short", memory_bytes=64 * MIB, pids_max=20)
+    child = start(IDLE)
+    jail.add(child.pid)
+    _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+    try:
+        assert not jail.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    top = f"{support.directories['memory']}/atp-sandbox/{tree.place.name}"
+    assert os.path.isdir(f"{top}/short")
+    assert child.process.poll() is None
+    tree.jail("next", memory_bytes=64 * MIB, pids_max=20)
+    assert child.wait() == -signal.SIGKILL
+    tree.jail("last", memory_bytes=64 * MIB, pids_max=20)
+    assert sorted(name for name in os.listdir(top) if os.path.isdir(f"{top}/{name}")) == [
+        *("last", "next")
+    ]
 
 
 def test_no_descriptor_of_ours_reaches_a_program_that_is_started(

@@ -24,6 +24,8 @@ from atp_sandbox.jails.cgroup_files import CgroupError, KernelFile, read_value, 
 
 _REMOVE_TRIES = 50
 _REMOVE_PAUSE_S = 0.004
+_GONE = (errno.ENOENT, errno.ENODEV)
+"""Of what was removed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +153,18 @@ class Group(ABC):
         return not any(file.read() for file in self._procs)
 
     def processes(self) -> set[int]:
-        """Every process here and in all groups inside; 0 is one of another PID namespace."""
+        """Every process here and in all groups inside; 0 is one of another PID namespace.
+
+        CgroupError if that cannot be seen, as for want of descriptors: then there may be some.
+        """
         found: set[int] = set()
         # One hierarchy tells for all: who cannot `add` to each ends the process.
         for directory in directories_below(self._directories.get("pids", self._distinct[0])):
-            with contextlib.suppress(CgroupError):  # removed meanwhile
+            try:
                 found.update(map(int, read_value(f"{directory}/cgroup.procs").split()))
+            except CgroupError as error:
+                if error.errno not in _GONE:
+                    raise
         return found
 
     def wait_empty(self, timeout_s: float) -> bool:
@@ -278,8 +286,13 @@ def lock_directory(directory: str) -> int | None:
 
 
 def directories_below(top: str) -> list[str]:
-    """`top` and every directory inside, the innermost first."""
-    return [directory for directory, _, _ in os.walk(top, topdown=False)]
+    """`top` and every directory inside, the innermost first; CgroupError if one is unreadable."""
+    return [directory for directory, _, _ in os.walk(top, topdown=False, onerror=_unless_gone)]
+
+
+def _unless_gone(error: OSError) -> None:
+    if error.errno not in _GONE:
+        raise CgroupError("look into", str(error.filename), error) from error
 
 
 def _remove_directory(directory: str) -> None:

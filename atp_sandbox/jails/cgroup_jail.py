@@ -5,9 +5,11 @@ Trusted side only; see `cgroups` for the whole.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from atp_sandbox.jails.cgroup_files import CgroupError
 from atp_sandbox.jails.cgroup_group import Group
 
 _END_S = 0.5
@@ -99,6 +101,8 @@ class JailGroup:
     def __init__(self, group: Group) -> None:
         """See `CgroupTree.jail`, which calls this."""
         self._group: Group | None = group
+        self._left: Group | None = None
+        """What could not be removed yet."""
         self._calls: list[Group] = []
         self._free: list[Group] = []
         self._base = group.child("base", has_children=False)
@@ -144,16 +148,20 @@ class JailGroup:
         self._open.kill()
 
     def close(self) -> bool:
-        """End what is left in it and remove it. False if something would not end within 0.5 s: its
-        groups stay until `remove_stale`. Safe to call again. Waits only if something is left.
+        """End what is left in it and remove it. False if something would not end within 0.5 s, or
+        there are no descriptors to see to it. Safe to call again: what is left is tried once more,
+        without waiting.
         """
-        group, self._group = self._group, None
-        if group is None:
-            return True
-        self._free.clear()  # their directories go with the jail's
-        for one in (self._base, *self._calls):
-            one.close_files()
-        return group.end_and_remove(_END_S)
+        patience_s = 0.0
+        if self._group is not None:
+            patience_s = _END_S
+            self._left, self._group = self._group, None
+            self._free.clear()  # their directories go with the jail's
+            for one in (self._base, *self._calls):
+                one.close_files()
+        if self._left is not None and self._left.end_and_remove(patience_s):
+            self._left = None
+        return self._left is None
 
     @property
     def is_closed(self) -> bool:
@@ -166,7 +174,8 @@ class JailGroup:
         if group.is_empty():
             self._free.append(group)
             return True
-        group.kill()
+        with contextlib.suppress(CgroupError):  # the end of the jail is its end, too
+            group.kill()
         return False
 
     def _make_call(self) -> Group:

@@ -145,7 +145,7 @@ class CgroupTree:
         except BaseException:
             group.remove()
             raise
-        self._jails = [one for one in self._jails if not one.is_closed]
+        self._jails = [one for one in self._jails if not (one.is_closed and one.close())]
         self._jails.append(jail)
         return jail
 
@@ -280,8 +280,9 @@ def remove_dead(support: CgroupSupport, name: str, orderly_s: float) -> bool:
     """
     paths = {key: f"{path}/{_TOP}/{name}" for key, path in support.directories.items()}
     tree = _GROUPS[support.version](paths)
-    tree.thaw()
-    tree.wait_empty(orderly_s)
+    with contextlib.suppress(CgroupError):  # it cannot be looked at now
+        tree.thaw()
+        tree.wait_empty(orderly_s)
     tree.end_and_remove(_END_S)
     _remove_tops(support)
     return not any(map(os.path.exists, paths.values()))
