@@ -261,7 +261,11 @@ class ServedToolkit:
             return
         for number, _ in list(self._pool.running_workers()):
             jail = self._jail_of(number)
-            used = jail.usage(number)
+            try:
+                used = jail.usage(number)
+            except OSError as error:  # such as EMFILE: what cannot be looked at does not run
+                jail.end(f"a call cannot be looked at: {error.strerror}")
+                return
             # Where there is a control group, the kernel itself keeps the limit of memory; version 1
             # kills one process of a call, and then the others are to go too.
             is_over = used.added_memory_bytes > most and not has_groups
@@ -273,7 +277,14 @@ class ServedToolkit:
                 self._obey(self._pool.stop_worker(number, verdict.cpu_exceeded(limits), now))
 
     def _zygote_memory_bytes(self) -> int:
-        return 0 if self._main is None else self._main.zygote_memory_bytes()
+        """0 if it is gone, and also if it cannot be looked at: then its jail was ended."""
+        if self._main is None:
+            return 0
+        try:
+            return self._main.zygote_memory_bytes()
+        except OSError as error:
+            self._main.end(f"its zygote cannot be looked at: {error.strerror}")
+            return 0
 
     def _watch_slowly(self) -> bool:
         """What the kernel does not limit here, and what grows at rest; False if the jail ended."""

@@ -10,18 +10,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import psutil
 import pytest
 from conftest import PATIENCE_S, LogLine, NodeMaker, ServedNode, toolkit_text
 
 from atp_sandbox.egress import service as egress_service
+from atp_sandbox.isolation import Isolation, Level, Waivable
 from atp_sandbox.jails import jail as jail_module
 from atp_sandbox.jails import janitor_service
 from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.janitor_service import Duty, JanitorService
 from atp_sandbox.jails.processes import ProcessHandle
 from atp_sandbox.loop import Loop
+from atp_sandbox.outcome import Kind
 from atp_sandbox.toolkit import State
 
 
@@ -46,6 +49,44 @@ def test_a_jail_that_cannot_be_watched_is_made_again(
     was_refused = run_out_once(jail_module, monkeypatch)
     end_zygote(node)
     node.until(was_refused, "a jail that is refused")
+    node.until(lambda: node.toolkit and node.toolkit.state is State.SERVING, "the next one")
+    node.assert_healthy()
+
+
+@pytest.mark.parametrize("moment", ["it starts", "its first worker starts", "a call runs"])
+def test_a_jail_whose_memory_cannot_be_looked_at_is_made_again(
+    make_node: NodeMaker, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    body = "@tool\ndef nap(value, **_):\n    __import__('time').sleep(value)\n"
+    without_groups = Isolation(Level.STRICT, frozenset({Waivable.CGROUP}))
+    node = make_node(toolkit_text(body), isolation=without_groups)
+    assert node.toolkit is not None
+    refused: list[int] = []
+
+    def look(pid: int) -> psutil.Process:
+        assert node.toolkit is not None
+        is_starting = node.toolkit.state is State.RESTARTING
+        is_running = bool(node.toolkit.running)
+        now = "it starts" if is_starting else "a call runs" if is_running else moment
+        if now == moment and not refused:
+            refused.append(pid)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return psutil.Process(pid)
+
+    if moment == "a call runs":
+        napping = node.submit("nap", {"value": 100})
+        node.until(lambda: node.toolkit and node.toolkit.running, "a call at work")
+        monkeypatch.setattr(
+            jail_module, "psutil", SimpleNamespace(Process=look, Error=psutil.Error)
+        )
+        node.finish(napping)
+        assert napping.failure.kind is Kind.CRASHED
+    else:
+        monkeypatch.setattr(
+            jail_module, "psutil", SimpleNamespace(Process=look, Error=psutil.Error)
+        )
+        end_zygote(node)
+    node.until(lambda: refused, "a look that is refused")
     node.until(lambda: node.toolkit and node.toolkit.state is State.SERVING, "the next one")
     node.assert_healthy()
 

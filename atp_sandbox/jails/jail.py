@@ -222,7 +222,10 @@ class Jail:
         return worker.group.evidence() if worker and worker.group else None
 
     def usage(self, number: int) -> Usage:
-        """What worker `number` uses now, seen from outside: its group's count, else a sample."""
+        """What worker `number` uses now, seen from outside: its group's count, else a sample.
+
+        OSError if it cannot be looked at.
+        """
         worker = self._workers.get(number)
         if worker is None or worker.handle is None or worker.exited is not None:
             return Usage(0, 0.0)
@@ -242,7 +245,7 @@ class Jail:
         return Usage(added, cpu_s)
 
     def zygote_memory_bytes(self) -> int:
-        """Resident memory of the zygote; 0 if it is gone."""
+        """Resident memory of the zygote; 0 if it is gone. OSError if it cannot be looked at."""
         try:
             rss: int = psutil.Process(self._zygote_pid).memory_info().rss if self._zygote_pid else 0
         except psutil.Error:
@@ -725,12 +728,17 @@ class Jail:
         if status.inner_pid in self._by_inner_pid:
             self._end("a process spoke for two workers")
             return
-        worker.channel.peer_pid = pid
-        worker.inner_pid = status.inner_pid
         if not self._resting_bytes:
             # All workers of a zygote start alike, so the first one is measured for all.
-            with contextlib.suppress(psutil.Error):
+            try:
                 self._resting_bytes = psutil.Process(pid).memory_info().rss
+            except psutil.Error:
+                pass  # how it ended is told by the warden
+            except OSError as error:
+                self._end(f"a worker cannot be looked at: {error.strerror}")
+                return
+        worker.channel.peer_pid = pid
+        worker.inner_pid = status.inner_pid
         if not is_zygote:
             self._by_inner_pid[status.inner_pid] = worker
         if self._group is None or self._mover is None:
