@@ -73,18 +73,15 @@ def test_a_jail_whose_memory_cannot_be_looked_at_is_made_again(
             raise OSError(errno.EMFILE, "Too many open files")
         return psutil.Process(pid)
 
+    stand_in = SimpleNamespace(Process=look, Error=psutil.Error)
     if moment == "a call runs":
         napping = node.submit("nap", {"value": 100})
         node.until(lambda: node.toolkit and node.toolkit.running, "a call at work")
-        monkeypatch.setattr(
-            jail_module, "psutil", SimpleNamespace(Process=look, Error=psutil.Error)
-        )
+        monkeypatch.setattr(jail_module, "psutil", stand_in)
         node.finish(napping)
         assert napping.failure.kind is Kind.CRASHED
     else:
-        monkeypatch.setattr(
-            jail_module, "psutil", SimpleNamespace(Process=look, Error=psutil.Error)
-        )
+        monkeypatch.setattr(jail_module, "psutil", stand_in)
         end_zygote(node)
     node.until(lambda: refused, "a look that is refused")
     node.until(lambda: node.toolkit and node.toolkit.state is State.SERVING, "the next one")
