@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from . import call, frames, proxy, stdio
 from .atp_sdk import clients
-from .confinement import layers, privileges, syscalls
+from .confinement import huge_pages, layers, privileges, syscalls
 from .discovery import registry
 
 _SETTLE_AFTER_REGISTRATION_S = 0.5
@@ -75,6 +75,7 @@ class _Zygote:
         self._messages: deque[frames.Message] = deque()
         self._descriptors: deque[int] = deque()
         self._discovered = False
+        self._has_forked = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def confine(self) -> None:
@@ -224,6 +225,9 @@ class _Zygote:
         call.prepare_fork(self._plan, number, slot, ticket)
         pid = 0
         if name == "fork":
+            if not self._has_forked:
+                self._has_forked = True
+                huge_pages.collapse()
             try:
                 pid = syscalls.fork_as_sibling()
             except OSError as error:

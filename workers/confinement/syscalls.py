@@ -58,6 +58,9 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 CAP_SYS_CHROOT = 18
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
+# linux/mman.h
+MADV_COLLAPSE = 25
+
 # linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
@@ -163,6 +166,7 @@ def _number_or_none(name: str) -> int:
 
 _CAPSET = _number_or_none("capset")
 _CLONE = _number_or_none("clone")
+_MADVISE = _number_or_none("madvise")
 _PRCTL = _number_or_none("prctl")
 _LANDLOCK_CREATE_RULESET = _number_or_none("landlock_create_ruleset")
 _LANDLOCK_ADD_RULE = _number_or_none("landlock_add_rule")
@@ -246,6 +250,11 @@ def landlock_restrict_self(ruleset_fd: int, flags: int) -> None:
     """landlock_restrict_self(2): of the calling thread, for good; needs no_new_privs."""
     result = _call(_LANDLOCK_RESTRICT_SELF, ruleset_fd, flags, 0, 0, 0)
     _check(result, "landlock_restrict_self")
+
+
+def collapse_pages(address: int, length: int) -> bool:
+    """madvise(2) with MADV_COLLAPSE, Linux 6.1; False if the kernel does not."""
+    return int(_call(_MADVISE, address, length, MADV_COLLAPSE, 0, 0)) >= 0
 
 
 SECCOMP_SET_MODE_FILTER = 1
