@@ -568,7 +568,7 @@ def test_rule_added_to_an_entered_rule_set_changes_nothing(tree: landlock.Tree) 
         add(ruleset, case.own, rights.scratch)
         syscalls.landlock_restrict_self(ruleset, 0)
         fd = os.open(case.imported, os.O_PATH)
-        syscalls.landlock_add_rule(ruleset, struct.pack("=Qi", rights.data, fd))
+        syscalls.landlock_add_rules(ruleset, [struct.pack("=Qi", rights.data, fd)])
         return get(case.imported + "/file")
 
     assert attempt_in_worker(tree, widen) == "EACCES"
@@ -607,7 +607,7 @@ def test_rule_set_that_is_shared_lets_one_sibling_widen_the_other(tree: landlock
 
 def add(ruleset: int, path: str, access: int) -> None:
     fd = os.open(path, os.O_PATH)
-    syscalls.landlock_add_rule(ruleset, struct.pack("=Qi", access, fd))
+    syscalls.landlock_add_rules(ruleset, [struct.pack("=Qi", access, fd)])
     os.close(fd)
 
 

@@ -196,9 +196,9 @@ def test_answer_of_a_child_is_not_taken_for_its_tools(node: ServedNode) -> None:
         channel, call_id = frame.f_locals["channel"], frame.f_locals["call_id"]
         sent = frames.encode("answer", call_id, "result", b'"forged"')
         if not forge:
-            channel.sendall(sent)
+            os.write(channel, sent)
         elif os.fork() == 0:
-            channel.sendall(sent)
+            os.write(channel, sent)
             os._exit(0)
         time.sleep(1000)
         return "unreachable"

@@ -187,9 +187,8 @@ CLONE_NEW = [0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0
 def clone(flags: int) -> int:
     """The errno of clone(2); a child that comes of it ends at once."""
     # A new stack is not needed: without CLONE_VM the child has a copy of this one.
-    result = syscalls._locked_syscall(  # the raw call: errno_of would go on in the child
-        ctypes.c_long(NUMBERS[MACHINE]["clone"]), ctypes.c_long(flags), *(ctypes.c_long(0),) * 4
-    )
+    # The raw call: errno_of would go on in the child.
+    result = syscalls._fork(NUMBERS[MACHINE]["clone"], flags, 0, 0, 0, 0)
     if result == 0:
         os._exit(0)
     return ctypes.get_errno() if result < 0 else 0

@@ -30,7 +30,8 @@ def forge(what: str) -> str:
     while not {"channel", "call_id"} <= frame.f_locals.keys():
         assert frame.f_back is not None
         frame = frame.f_back
-    channel, call_id = frame.f_locals["channel"], frame.f_locals["call_id"]
+    channel = socket.socket(fileno=os.dup(frame.f_locals["channel"]))
+    call_id = frame.f_locals["call_id"]
     frames = frame.f_globals["frames"]
     answer = frames.encode("answer", call_id, "result", b'"forged"')
     match what:
@@ -105,6 +106,8 @@ def test_second_answer_of_a_reused_worker_is_no_answer_to_the_next_call(
     """A late answer, kept by a thread that outlives the first call, must not be the second's."""
 
     def answer_later() -> str:
+        import os
+        import socket
         import sys
         import threading
         import time
@@ -113,7 +116,8 @@ def test_second_answer_of_a_reused_worker_is_no_answer_to_the_next_call(
         while not {"channel", "call_id"} <= frame.f_locals.keys():
             assert frame.f_back is not None
             frame = frame.f_back
-        channel, call_id = frame.f_locals["channel"], frame.f_locals["call_id"]
+        channel = socket.socket(fileno=os.dup(frame.f_locals["channel"]))
+        call_id = frame.f_locals["call_id"]
         late = frame.f_globals["frames"].encode("answer", call_id, "result", b'"late"')
 
         def send() -> None:

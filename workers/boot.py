@@ -16,6 +16,7 @@ import sys
 
 PRIVATE_NAME = "_atp_jail"
 _MODULES = (
+    "confinement.huge_pages",
     "confinement.landlock",
     "confinement.layers",
     "confinement.listeners",

@@ -10,11 +10,9 @@ import fcntl
 import inspect
 import json
 import os
-import random
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,15 +23,51 @@ from .discovery import Registration, Registry
 _CHANNEL_FD = 200
 """High, so that tools which close "all" low descriptors keep their answer."""
 _ERROR_CHARS = 64 * 1024
-_MAX_CALL_BYTES = 64 * 1024 * 1024
-"""A request of 16 MiB grows at most fourfold when its text is spelled in ASCII."""
-
 _DEEPEST = 1_000
 """Levels of a result that are looked at; fewer are allowed outside."""
 _SMALLEST_LARGE_BYTES = 64 * 1024
 """Below it a result that is too large is sent all the same, and refused where it is counted."""
+_CHUNK_BYTES = 64 * 1024
+_REHEARSALS = 24
+"""CPython 3.11 adapts a function's code once it has run eight times, a loop's after a few more."""
+_PLAIN = frozenset((type(None), bool, int, float, str, list, tuple, dict))
+"""Of results that are not awaitable."""
 
+_GENERATORS = ("random", "numpy.random")
+"""Modules with a generator of their own. Not imported here: what is mapped, every fork copies."""
+
+_duplicate, _FROM_THEN_ON = fcntl.fcntl, fcntl.F_DUPFD_CLOEXEC
 _run_coroutine: Any = None
+_decode_json = json.JSONDecoder().raw_decode
+_encode_json = json.JSONEncoder(allow_nan=False).encode
+_home = ""
+"""What was put into the environment for the last worker."""
+_first_word = b""
+_decoder = frames.TrustingDecoder()
+_reseed: list[Callable[[], object]] = []
+"""All of them are the next worker's."""
+
+
+def rehearse() -> None:
+    """Take a few calls that nobody made, before there is a toolkit.
+
+    So caches are filled and code is adapted once, and not in each worker, where every page that is
+    written to is copied first.
+    """
+
+    def echo(value: str) -> str:
+        return value
+
+    registry = Registry()
+    registry.registrations.append(Registration(echo, None, {}))
+    request = frames.encode("call", bytes(16), 0, b'{"value": "x"}', None, False)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for number in range(_REHEARSALS):
+            theirs.sendall(request)
+            _send(ours.fileno(), frames.encode("ready", number))
+            _answer_one(registry, ours.fileno(), frames.TrustingDecoder(), _SMALLEST_LARGE_BYTES)
+            theirs.recv(_CHUNK_BYTES)
 
 
 def prepare(registry: Registry) -> None:
@@ -41,6 +75,25 @@ def prepare(registry: Registry) -> None:
     global _run_coroutine
     if any(inspect.iscoroutinefunction(entry.function) for entry in registry.registrations):
         _import_asyncio()
+
+
+def prepare_fork(plan: dict[str, Any], number: int, slot: int, ticket: str) -> None:
+    """Do in the zygote what its next worker, `number`, would have to do else.
+
+    Each page that a worker writes to is copied first; of those that the zygote writes to, only the
+    ones that a worker still has.
+    """
+    global _home, _first_word, _reseed
+    proxy.prepare(plan["network"], number, ticket)
+    _first_word = frames.encode("ready", number)
+    modules: Any = [sys.modules[name] for name in _GENERATORS if name in sys.modules]
+    _reseed = [module.seed for module in modules]
+    if not _home or not plan["scratch"]["has_views"]:  # with views, all workers have the same
+        _home = scratch.Places.of(plan).inside(slot)
+        os.environ["HOME"] = os.environ["TMPDIR"] = _home
+    tempfile: Any = sys.modules.get("tempfile")
+    if tempfile is not None:
+        tempfile.tempdir = None
 
 
 def serve(
@@ -58,22 +111,18 @@ def serve(
     `enter(slot)` confines this process to scratch `slot`; OSError ends it.
     """
     try:
-        channel = _settle(channel_fd, output_fd, scratch.Places.of(plan).inside(slot))
-        proxy.identify(plan["network"], number, ticket)
+        channel = _settle(channel_fd, output_fd)
+        proxy.identify()
         try:
             enter(slot)
         except OSError as error:
             sys.stderr.write(f"worker: cannot confine itself: {error}\n")
             os._exit(70)
-
-        def refuse_stop(_client: int) -> None:
-            raise RuntimeError("stop() cannot be called from inside a tool")
-
-        registry.on_stop = refuse_stop
-        channel.sendall(frames.encode("ready", number))
-        decoder = frames.Decoder(frames.TO_WORKER, _MAX_CALL_BYTES)
+        registry.on_stop = _refuse_stop
+        _send(channel, _first_word)
+        output_bytes = plan["output_bytes"]
         for _ in range(plan["calls_per_worker"]):
-            _answer_one(registry, channel, decoder, plan["output_bytes"])
+            _answer_one(registry, channel, _decoder, output_bytes)
         status = 0
     except SystemExit as leaving:
         status = _exit_status(leaving)
@@ -86,26 +135,31 @@ def serve(
     os._exit(status)
 
 
-def _settle(channel_fd: int, output_fd: int, home: str) -> socket.socket:
-    """Make this process its own: streams, descriptors, scratch, random numbers, signals."""
+def _refuse_stop(_client: int) -> None:
+    raise RuntimeError("stop() cannot be called from inside a tool")
+
+
+def _settle(channel_fd: int, output_fd: int) -> int:
+    """Make this process its own: streams, descriptors, random numbers; gives its channel."""
     stdio.attach(output_fd)
-    high_fd = fcntl.fcntl(channel_fd, fcntl.F_DUPFD_CLOEXEC, _CHANNEL_FD)
+    channel = _duplicate(channel_fd, _FROM_THEN_ON, _CHANNEL_FD)
     os.close(channel_fd)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    os.environ["HOME"] = os.environ["TMPDIR"] = home
-    tempfile.tempdir = None
     # The hooks that fork(2) would have run in Python's modules were skipped.
-    random.seed()
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
+    for reseed in _reseed:
+        reseed()
     if _run_coroutine is not None:
         sys.modules["asyncio.events"]._set_running_loop(None)
-    return socket.socket(fileno=high_fd)
+    return channel
+
+
+def _send(channel: int, frame: bytes) -> None:
+    sent = os.write(channel, frame)
+    while sent < len(frame):
+        sent += os.write(channel, memoryview(frame)[sent:])
 
 
 def _answer_one(
-    registry: Registry, channel: socket.socket, decoder: frames.Decoder, output_bytes: int
+    registry: Registry, channel: int, decoder: frames.TrustingDecoder, output_bytes: int
 ) -> None:
     call_id, index, params_json, token_json, is_sample = _receive(channel, decoder)
     entry = registry.registrations[index]
@@ -115,11 +169,11 @@ def _answer_one(
     except _TooLarge as too_large:
         _end_if_not(pid)
         stdio.flush()
-        channel.sendall(frames.oversize_head(call_id, too_large.least_bytes))
+        _send(channel, frames.oversize_head(call_id, too_large.least_bytes))
         return
     _end_if_not(pid)
     stdio.flush()
-    channel.sendall(frames.encode("answer", call_id, kind, body))
+    _send(channel, frames.encode("answer", call_id, kind, body))
 
 
 def _end_if_not(pid: int) -> None:
@@ -130,10 +184,10 @@ def _end_if_not(pid: int) -> None:
 
 
 def _receive(
-    channel: socket.socket, decoder: frames.Decoder
+    channel: int, decoder: frames.TrustingDecoder
 ) -> tuple[bytes, int, bytes, bytes | None, bool]:
     while True:
-        data = channel.recv(1024 * 1024)
+        data = os.read(channel, _CHUNK_BYTES)
         if not data:
             os._exit(0)
         messages = decoder.feed(data)
@@ -154,11 +208,11 @@ def _run(
     _TooLarge if the result's text would certainly be longer than `output_bytes`.
     """
     try:
-        arguments: dict[str, Any] = json.loads(params_json)
+        arguments, _ = _decode_json(params_json.decode("utf-8", "surrogatepass").lstrip())
         if token_json is not None:
             _add_token(arguments, json.loads(token_json), entry, is_sample)
         result = entry.function(**arguments)
-        if inspect.isawaitable(result):
+        if type(result) not in _PLAIN and inspect.isawaitable(result):
             result = _await(result)
     except (SystemExit, KeyboardInterrupt):
         raise
@@ -166,7 +220,7 @@ def _run(
         return "error", _sentence(error)
     try:
         _check_size(result, max(output_bytes, _SMALLEST_LARGE_BYTES))
-        return "result", json.dumps(result, allow_nan=False).encode("ascii")
+        return "result", _encode_json(result).encode("ascii")
     except _TooLarge:
         raise
     except BaseException as error:  # as above: a result's own methods run in here

@@ -11,21 +11,36 @@ import os
 import sys
 import types
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
-_SEARCH_DOMAIN = "LOCALDOMAIN"
+_SEARCH_DOMAIN = b"LOCALDOMAIN"
 """resolv.conf(5): with it, a name that is not found is asked for once more, with our ticket."""
 
 
-def identify(network: dict[str, Any] | None, number: int, ticket: str) -> None:
-    """Give this process the ticket of worker `number`; 0 is the import's."""
+_names: list[bytes] = []
+_variables: dict[bytes, bytes] = {}
+
+
+def prepare(network: dict[str, Any] | None, number: int, ticket: str) -> None:
+    """Put the ticket of worker `number` into Python's environment; 0 is the import's."""
     if network is None:
         return
-    url = f"http://worker-{number}:{ticket}@{network['proxy']}"
-    for name in network["proxy_variables"]:
-        os.environ[name] = url
-    os.environ[_SEARCH_DOMAIN] = f"worker-{number}-{ticket}"
+    if not _names:
+        _names.extend(map(str.encode, network["proxy_variables"]))
+    url = f"http://worker-{number}:{ticket}@{network['proxy']}".encode()
+    _variables.update(dict.fromkeys(_names, url))
+    _variables[_SEARCH_DOMAIN] = f"worker-{number}-{ticket}".encode()
+    environment: Any = os.environ
+    environment._data.update(_variables)
+
+
+def identify() -> None:
+    """Have the C library's environment follow, in the process whose ticket it is.
+
+    Not where it changes from worker to worker: setenv(3) never frees a value that it had.
+    """
+    for name, value in _variables.items():
+        os.putenv(name, value)
 
 
 def teach_clients() -> None:
@@ -39,7 +54,9 @@ def _trust_environment(module: types.ModuleType) -> None:
         defaults["trust_env"] = True
 
 
-class _AfterImport(MetaPathFinder):
+# Neither derives from the abstract classes of `importlib.abc`, whose module would bring a dozen
+# others into every zygote.
+class _AfterImport:
     """Runs `then(module)` once, after the module of that name was imported."""
 
     def __init__(self, name: str, then: Any) -> None:
@@ -57,11 +74,11 @@ class _AfterImport(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Followed(spec.loader, self._then)
+            spec.loader = _Followed(spec.loader, self._then)  # type: ignore[assignment]
         return spec
 
 
-class _Followed(Loader):
+class _Followed:
     def __init__(self, loader: Any, then: Any) -> None:
         self._loader = loader
         self._then = then

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
@@ -32,8 +31,10 @@ def open_streams() -> None:
 def flush() -> None:
     """Write out what Python still holds; a stream that the toolkit broke is its own loss."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
+        try:
             stream.flush()
+        except Exception:
+            continue
 
 
 def _text(fd: int, mode: str) -> io.TextIOWrapper:

@@ -206,8 +206,23 @@ def _reap(reported_pid: int | None) -> list[bytes]:
             gone.append((pid, status, cpu_us, usage.ru_maxrss))
     if not gone:
         return []
-    left = _children_of(os.getpid())  # orphans of the jail are among them
+    left = _own_children()  # orphans of the jail are among them
     return [frames.encode("exited", *row, left) for row in gone]
+
+
+_children_fd = -1
+
+
+def _own_children() -> list[int]:
+    """`_children_of` this process, which has one thread, at a tenth of the cost."""
+    global _children_fd
+    if _children_fd < 0:
+        pid = os.getpid()
+        _children_fd = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+    text = b""
+    while chunk := os.pread(_children_fd, 65536, len(text)):
+        text += chunk
+    return list(map(int, text.split()))
 
 
 def _children_of(pid: int) -> list[int]:

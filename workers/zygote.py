@@ -7,7 +7,6 @@ capability, no_new_privs, resource limits, descriptors.
 
 from __future__ import annotations
 
-import array
 import builtins
 import gc
 import importlib
@@ -17,6 +16,7 @@ import select
 import signal
 import site
 import socket
+import struct
 import sys
 import threading
 import traceback
@@ -26,12 +26,16 @@ from typing import Any, NoReturn
 
 from . import call, frames, proxy, stdio
 from .atp_sdk import clients
-from .confinement import layers, privileges, syscalls
+from .confinement import huge_pages, layers, privileges, syscalls
 from .discovery import registry
 
 _SETTLE_AFTER_REGISTRATION_S = 0.5
 _TRACEBACK_CHARS = 4_000
 _DESCRIPTORS_PER_FORK = 2
+_CHUNK_BYTES = 4_096
+_RIGHTS_BYTES = socket.CMSG_SPACE(_DESCRIPTORS_PER_FORK * 64 * struct.calcsize("i"))
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 
 
 def start(plan: dict[str, Any]) -> NoReturn:
@@ -41,7 +45,8 @@ def start(plan: dict[str, Any]) -> NoReturn:
         os.setpgid(0, 0)  # with all that comes of it, to be ended at once
     os.environ.clear()
     os.environ.update(plan["env"])
-    proxy.identify(plan["network"], 0, plan["ticket"])
+    proxy.prepare(plan["network"], 0, plan["ticket"])
+    proxy.identify()
     os.chdir(plan["toolkit_directory"])
     zygote = _Zygote(plan)
     try:
@@ -64,11 +69,13 @@ class _Zygote:
     def __init__(self, plan: dict[str, Any]) -> None:
         self._plan = plan
         self._channel = socket.socket(fileno=plan["zygote_fd"])
+        self._let_go = super(socket.socket, self._channel).detach
         self._sending = threading.Lock()
-        self._decoder = frames.Decoder(frames.TO_ZYGOTE, frames.MAX_CONTROL_BYTES)
+        self._decoder = frames.TrustingDecoder()
         self._messages: deque[frames.Message] = deque()
         self._descriptors: deque[int] = deque()
         self._discovered = False
+        self._has_forked = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def confine(self) -> None:
@@ -112,6 +119,7 @@ class _Zygote:
 
     def _import_toolkit(self) -> None:
         plan = self._plan
+        call.rehearse()
         stdio.open_streams()
         for name, module in (
             ("atp_sdk", sys.modules[clients.__package__ or ""]),
@@ -205,24 +213,28 @@ class _Zygote:
                 self._obey(self._messages.popleft())
             if until_stopped is not None and registry.clients[until_stopped]["stopped"]:
                 return
-            ready = {fd for fd, _ in poll.poll()}
-            if self._wake_reader in ready:
-                os.read(self._wake_reader, 4096)
-            if self._channel.fileno() in ready:
-                self._receive()
+            for fd, _ in poll.poll():
+                if fd == self._wake_reader:
+                    os.read(fd, 4096)
+                else:
+                    self._receive()
 
     def _obey(self, message: frames.Message) -> None:
         name, number, slot, ticket = message
-        channel_fd, output_fd = (self._descriptors.popleft() for _ in range(_DESCRIPTORS_PER_FORK))
+        channel_fd, output_fd = self._descriptors.popleft(), self._descriptors.popleft()
+        call.prepare_fork(self._plan, number, slot, ticket)
         pid = 0
         if name == "fork":
+            if not self._has_forked:
+                self._has_forked = True
+                huge_pages.collapse()
             try:
                 pid = syscalls.fork_as_sibling()
             except OSError as error:
                 self._send(frames.encode("fork_failed", number, error.errno or 0))
                 pid = -1
         if pid == 0:
-            self._channel.close()
+            os.close(self._let_go())
             os.close(self._wake_reader)
             os.close(self._wake_writer)
             enter = self._layers.enter if name == "fork" else self._layers.enter_alone
@@ -231,17 +243,14 @@ class _Zygote:
         os.close(output_fd)
 
     def _receive(self) -> None:
-        rights = _DESCRIPTORS_PER_FORK * 64
         data, ancillary, _flags, _address = self._channel.recvmsg(
-            65536, socket.CMSG_SPACE(rights * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+            _CHUNK_BYTES, _RIGHTS_BYTES, _CLOSE_ON_EXEC
         )
         if not data:
             os._exit(0)
         for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                passed = array.array("i")
-                passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
-                self._descriptors.extend(passed)
+            if level == _SOCKET_LEVEL and kind == _RIGHTS:
+                self._descriptors.extend(memoryview(payload).cast("i"))
         self._messages.extend(self._decoder.feed(data))
 
     def _send(self, frame: bytes) -> None:

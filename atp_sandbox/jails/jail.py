@@ -29,7 +29,13 @@ from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.inspection import what_is_wrong
 from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
-from atp_sandbox.jails.processes import ProcessHandle, descendants, read_children, read_status
+from atp_sandbox.jails.processes import (
+    ProcessHandle,
+    descendants,
+    read_children,
+    read_descent,
+    read_status,
+)
 from atp_sandbox.jails.worker import Exited, Worker
 from atp_sandbox.loop import READ, Loop, Timer
 from workers import frames
@@ -190,8 +196,9 @@ class Jail:
         worker = self._workers.get(number)
         if worker is not None and worker.channel is not None:
             worker.owes_answer = True
-            if worker.group is not None:
+            if worker.group is not None and worker.has_served:
                 worker.group.restart()
+            worker.has_served = True
             worker.channel.send(frames.encode("call", call_id, index, params, token, sample))
 
     def take_output(self, number: int) -> str:
@@ -548,7 +555,7 @@ class Jail:
             worker.channel.read_now()
         if self._is_closed or worker.exited is not None:
             return
-        if worker.group is not None:
+        if worker.group is not None and worker.owes_answer:
             exited = replace(exited, counted=worker.group.evidence())
         worker.exited = exited
         self._by_inner_pid.pop(worker.inner_pid, None)
@@ -710,7 +717,7 @@ class Jail:
         assert worker.channel is not None
         try:
             worker.handle = ProcessHandle(pid)
-            status = read_status(pid)
+            descent = read_descent(pid)
         except ProcessLookupError:
             worker.is_gone = True
             self._adopt_silent_exit(worker)
@@ -722,10 +729,10 @@ class Jail:
         if is_zygote is not worker.is_zygote:
             self._end("its zygote spoke for a worker")
             return
-        if status.parent_pid != self._warden_pid:
+        if descent.parent_pid != self._warden_pid:
             self._end("a worker is no child of its warden")
             return
-        if status.inner_pid in self._by_inner_pid:
+        if descent.inner_pid in self._by_inner_pid:
             self._end("a process spoke for two workers")
             return
         if not self._resting_bytes:
@@ -738,9 +745,9 @@ class Jail:
                 self._end(f"a worker cannot be looked at: {error.strerror}")
                 return
         worker.channel.peer_pid = pid
-        worker.inner_pid = status.inner_pid
+        worker.inner_pid = descent.inner_pid
         if not is_zygote:
-            self._by_inner_pid[status.inner_pid] = worker
+            self._by_inner_pid[descent.inner_pid] = worker
         if self._group is None or self._mover is None:
             self._on_moved(worker, None)
             return

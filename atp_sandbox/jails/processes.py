@@ -51,6 +51,38 @@ def read_status(pid: int) -> ProcessStatus:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """Where a process comes from; two of the lines of `ProcessStatus`."""
+
+    parent_pid: int
+    inner_pid: int
+
+
+_STATUS_BYTES = 8_192
+"""More than the file has: about 1,500, of which the longest line tells of 4 times 64 nodes."""
+
+
+def read_descent(pid: int) -> Descent:
+    """As `read_status`, at a fraction of the cost, for every worker."""
+    try:
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    try:
+        # A process chooses its name, but the kernel escapes line ends in it.
+        text = os.read(fd, _STATUS_BYTES)
+    finally:
+        os.close(fd)
+    return Descent(_number_in(text, b"\nPPid:"), _number_in(text, b"\nNSpid:"))
+
+
+def _number_in(text: bytes, name: bytes) -> int:
+    """The last number of the line that begins with `name`."""
+    start = text.index(name) + len(name)
+    return int(text[start : text.index(b"\n", start)].rsplit(None, 1)[-1])
+
+
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 """Those that a jail has for itself: namespaces(7)."""
 _O_PATH = 0o10000000

@@ -21,7 +21,7 @@ class Exited:
     scratch_was_full: bool = False
     """Known only of a process that ended without an answer."""
     counted: CallEvidence | None = None
-    """What its control group counted; None where there is none."""
+    """What its control group counted for the call that it did not answer; else None."""
 
 
 class Worker:
@@ -40,6 +40,8 @@ class Worker:
         """It spoke, and had ended before it could be identified."""
         self.exited: Exited | None = None
         self.owes_answer = False
+        self.has_served = False
+        """Whether it was given a call; its group counts from its first word on."""
         self.on_measured: list[Callable[[bool], None]] = []
 
     def close(self) -> None:

@@ -58,6 +58,7 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 _FIRST_DESCRIPTOR = 210
 """High, so that code which closes all low descriptors does not meet ours."""
 _PROBE_NAME = "landlock-probe"
+_OPEN_SLOT = os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
 
 _entered_base = False
 
@@ -216,6 +217,7 @@ class WorkerLayer:
     """
 
     def __init__(self, tree: Tree, abi: int) -> None:
+        self._is_one_range = False
         self._rights = rights_for(abi)
         self._handled = _pack_handled(self._rights)
         rules = _shared_rules(tree, self._rights)
@@ -227,6 +229,7 @@ class WorkerLayer:
         except OSError:
             self.close()
             raise
+        self._is_one_range = _are_consecutive(self._descriptors)
 
     def enter(self, slot_path: str) -> None:
         """Confine this process to reading the tree, and to `slot_path` for all else.
@@ -235,8 +238,7 @@ class WorkerLayer:
         of names, and a slot that was mounted anew is another directory. Only for a process with one
         thread. OSError names the call; this process is then not confined and must end.
         """
-        flags = os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
-        slot_fd = os.open(slot_path, flags)
+        slot_fd = os.open(slot_path, _OPEN_SLOT)
         try:
             own = _pack_rule(slot_fd, self._rights.scratch)
             _restrict(self._handled, [*self._rules, own], self._rights.flags)
@@ -251,8 +253,11 @@ class WorkerLayer:
 
     def close(self) -> None:
         """Give up the descriptors; safe to call twice."""
-        _close(self._descriptors)
-        self._descriptors = []
+        held, self._descriptors = self._descriptors, []
+        if held and self._is_one_range:
+            os.closerange(held[0], held[-1] + 1)  # one system call, and no error
+        else:
+            _close(held)
 
 
 def verify_base(abi: int) -> list[str]:
@@ -381,6 +386,10 @@ def _close(descriptors: Iterable[int]) -> None:
             continue
 
 
+def _are_consecutive(descriptors: list[int]) -> bool:
+    return descriptors == list(range(descriptors[0], descriptors[0] + len(descriptors)))
+
+
 def _pack_handled(rights: Rights) -> bytes:
     """`struct landlock_ruleset_attr`."""
     return struct.pack("=QQQ", rights.handled_fs, rights.handled_net, rights.scoped)
@@ -394,8 +403,7 @@ def _pack_rule(fd: int, access: int) -> bytes:
 def _restrict(handled: bytes, rules: Iterable[bytes], flags: int) -> None:
     ruleset = syscalls.landlock_create_ruleset(handled)
     try:
-        for rule in rules:
-            syscalls.landlock_add_rule(ruleset, rule)
+        syscalls.landlock_add_rules(ruleset, rules)
         syscalls.landlock_restrict_self(ruleset, flags)
     finally:
         os.close(ruleset)

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import landlock, privileges, scratch, seccomp, seccomp_profiles, syscalls
 from .seccomp_rules import Profile
@@ -36,17 +36,24 @@ class Refused(Exception):
         self.message = message
 
 
-class WorkerLayers(NamedTuple):
+class WorkerLayers:
     """What every worker enters, prepared once. None: a layer that this jail does without."""
 
-    places: scratch.Places
-    has_pid_namespace: bool
-    is_confined: bool
-    files: landlock.WorkerLayer | None
-    calls: seccomp.Prepared | None
-    landlock_abi: int
-    directories: list[int]
-    """Descriptors that the import left open; they would lead a worker out of its view."""
+    def __init__(
+        self,
+        plan: dict[str, Any],
+        files: landlock.WorkerLayer | None,
+        calls: seccomp.Prepared | None,
+        landlock_abi: int,
+    ) -> None:
+        self.places = scratch.Places.of(plan)
+        self.has_pid_namespace = plan["root"] is not None
+        self.is_confined = plan["is_confined"]
+        self.files = files
+        self.calls = calls
+        self.landlock_abi = landlock_abi
+        self.directories: list[int] = []
+        """Descriptors that the import left open; they would lead a worker out of its view."""
 
     def note_directories(self) -> None:
         """To be called once the import is over."""
@@ -87,12 +94,11 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     Raises Refused at the first step that cannot be taken or does not hold.
     """
     places = scratch.Places.of(plan)
-    has_namespaces = plan["root"] is not None
     if not plan["is_confined"]:
-        return WorkerLayers(places, has_namespaces, False, None, None, 0, [])
+        return WorkerLayers(plan, None, None, 0)
     _step("resource_limits", privileges.set_resource_limits, plan["rlimits"])
     _step("capabilities", privileges.drop_capabilities, may_change_root=places.has_views)
-    if not has_namespaces:
+    if plan["root"] is None:
         _step("capabilities", privileges.die_with_parent)
     if places.has_views:
         _step("own_root", _try_view, places)
@@ -100,7 +106,7 @@ def confine_zygote(plan: dict[str, Any]) -> WorkerLayers:
     if plan["landlock"] is not None:
         abi, files = _restrict_files(plan, places)
     calls = _filter_calls(plan["seccomp"], abi) if plan["seccomp"] is not None else None
-    return WorkerLayers(places, has_namespaces, True, files, calls, abi, [])
+    return WorkerLayers(plan, files, calls, abi)
 
 
 def _restrict_files(

@@ -38,7 +38,7 @@ def empty_bounding_set() -> None:
 
 def drop_last_capability() -> None:
     """What `drop_capabilities` left goes too."""
-    syscalls.keep_capabilities(0)
+    syscalls.keep_no_capabilities()
 
 
 def die_with_parent() -> None:

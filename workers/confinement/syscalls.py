@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
+import struct
+from collections.abc import Iterable
 from typing import Any
 
 from .syscall_numbers import NUMBERS
@@ -55,6 +58,9 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 CAP_SYS_CHROOT = 18
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
+# linux/mman.h
+MADV_COLLAPSE = 25
+
 # linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
@@ -66,8 +72,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _locked_libc = ctypes.PyDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
-_locked_syscall = _locked_libc.syscall
-_locked_syscall.restype = ctypes.c_long
 
 
 def _number(name: str) -> int:
@@ -142,38 +146,63 @@ def set_hostname(name: str) -> None:
     _check(_libc.sethostname(data, ctypes.c_size_t(len(data))), "sethostname")
 
 
+# Each worker makes some calls right after its fork, when every page that it touches for the first
+# time costs a fault. So they all go through one function, which takes numbers and packed bytes.
+def _five_arguments(library: ctypes.CDLL) -> Any:
+    function = library["syscall"]
+    function.restype = ctypes.c_long
+    function.argtypes = (ctypes.c_long, *[ctypes.c_void_p] * 5)
+    return function
+
+
+_call = _five_arguments(_libc)
+_fork = _five_arguments(_locked_libc)
+
+
+def _number_or_none(name: str) -> int:
+    """The kernel answers a call with no number ENOSYS."""
+    return NUMBERS.get(MACHINE, {}).get(name, -1)
+
+
+_CAPSET = _number_or_none("capset")
+_CLONE = _number_or_none("clone")
+_MADVISE = _number_or_none("madvise")
+_PRCTL = _number_or_none("prctl")
+_LANDLOCK_CREATE_RULESET = _number_or_none("landlock_create_ruleset")
+_LANDLOCK_ADD_RULE = _number_or_none("landlock_add_rule")
+_LANDLOCK_RESTRICT_SELF = _number_or_none("landlock_restrict_self")
+_SECCOMP = _number_or_none("seccomp")
+
+
 def prctl(option: int, argument: int = 0) -> int:
     """prctl(2) with one argument."""
-    zero = ctypes.c_ulong(0)
-    result = _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero)
-    return _check(result, f"prctl {option}")
+    result = _call(_PRCTL, option, argument, 0, 0, 0)
+    return result if result >= 0 else _check(result, f"prctl {option}")
 
 
-class _CapHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+# struct __user_cap_header_struct and two of struct __user_cap_data_struct.
+_CAPABILITIES_OF_THIS_PROCESS = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+_CAPABILITY_SETS = struct.Struct("=6I")
+_NO_CAPABILITIES = bytes(_CAPABILITY_SETS.size)
 
 
-class _CapData(ctypes.Structure):
-    _fields_ = [
-        ("effective", ctypes.c_uint32),
-        ("permitted", ctypes.c_uint32),
-        ("inheritable", ctypes.c_uint32),
-    ]
-
-
-def keep_capabilities(kept: int = 0) -> None:
+def keep_capabilities(kept: int) -> None:
     """capset(2): of the first 32 capabilities only those in the set `kept` stay, and none else."""
-    header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
-    data = (_CapData * 2)()
-    data[0].effective = data[0].permitted = kept
-    _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset")
+    sets = _CAPABILITY_SETS.pack(kept, kept, 0, 0, 0, 0)
+    _check(_call(_CAPSET, _CAPABILITIES_OF_THIS_PROCESS, sets, 0, 0, 0), "capset")
 
 
+def keep_no_capabilities() -> None:
+    """capset(2)."""
+    sets = _NO_CAPABILITIES
+    _check(_call(_CAPSET, _CAPABILITIES_OF_THIS_PROCESS, sets, 0, 0, 0), "capset")
+
+
+@functools.lru_cache(maxsize=1)
 def _child_tid_address() -> int:
     """Where the C library keeps this thread's id; 0 if the kernel does not tell."""
     address = ctypes.c_void_p(0)
-    zero = ctypes.c_ulong(0)
-    result = _libc.prctl(ctypes.c_int(PR_GET_TID_ADDRESS), ctypes.byref(address), zero, zero, zero)
+    result = _call(_PRCTL, PR_GET_TID_ADDRESS, ctypes.addressof(address), 0, 0, 0)
     return 0 if result < 0 else (address.value or 0)
 
 
@@ -188,34 +217,15 @@ def fork_as_sibling() -> int:
     address = _child_tid_address()
     if address:
         flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID
-    zero = ctypes.c_long(0)
-    tail = (zero, ctypes.c_void_p(address))
-    if MACHINE == "x86_64":  # the order of the last two differs by machine: clone(2), NOTES
-        tail = (ctypes.c_void_p(address), zero)  # type: ignore[assignment]
-    result = _locked_syscall(
-        ctypes.c_long(_number("clone")), ctypes.c_long(flags), zero, zero, *tail
-    )
+    # The order of the last two differs by machine: clone(2), NOTES.
+    tail = (address, 0) if MACHINE == "x86_64" else (0, address)
+    result = _fork(_CLONE, flags, 0, 0, *tail)
     return _check(result, "clone")
-
-
-# Each worker makes these calls right after its fork, when every page that is touched for the first
-# time costs a fault: arguments are bytes that were packed before, and the functions know types.
-def _typed_syscall(*types: Any) -> Any:
-    function = _libc["syscall"]
-    function.restype = ctypes.c_long
-    function.argtypes = (ctypes.c_long, *types)
-    return function
-
-
-_create_ruleset = _typed_syscall(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint32)
-_add_rule = _typed_syscall(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
-_restrict_self = _typed_syscall(ctypes.c_int, ctypes.c_uint32)
 
 
 def landlock_abi() -> int:
     """landlock_create_ruleset(2) asked for its version; ENOSYS or EOPNOTSUPP where it is off."""
-    number = _number("landlock_create_ruleset")
-    result = _create_ruleset(number, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    result = _call(_LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_CREATE_RULESET_VERSION, 0, 0)
     return _check(result, "landlock_create_ruleset")
 
 
@@ -225,26 +235,29 @@ def landlock_create_ruleset(attributes: bytes) -> int:
     `attributes` is a packed `struct landlock_ruleset_attr`. A kernel that does not know the later
     members accepts them as long as they are zero.
     """
-    number = _number("landlock_create_ruleset")
-    result = _create_ruleset(number, attributes, len(attributes), 0)
+    result = _call(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0, 0, 0)
     return _check(result, "landlock_create_ruleset")
 
 
-def landlock_add_rule(ruleset_fd: int, rule: bytes) -> None:
-    """landlock_add_rule(2) with a packed `struct landlock_path_beneath_attr`."""
-    number = _number("landlock_add_rule")
-    result = _add_rule(number, ruleset_fd, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
-    _check(result, "landlock_add_rule")
+def landlock_add_rules(ruleset_fd: int, rules: Iterable[bytes]) -> None:
+    """landlock_add_rule(2) with each packed `struct landlock_path_beneath_attr`."""
+    for rule in rules:
+        if _call(_LANDLOCK_ADD_RULE, ruleset_fd, LANDLOCK_RULE_PATH_BENEATH, rule, 0, 0) < 0:
+            _check(-1, "landlock_add_rule")
 
 
 def landlock_restrict_self(ruleset_fd: int, flags: int) -> None:
     """landlock_restrict_self(2): of the calling thread, for good; needs no_new_privs."""
-    result = _restrict_self(_number("landlock_restrict_self"), ruleset_fd, flags)
+    result = _call(_LANDLOCK_RESTRICT_SELF, ruleset_fd, flags, 0, 0, 0)
     _check(result, "landlock_restrict_self")
 
 
+def collapse_pages(address: int, length: int) -> bool:
+    """madvise(2) with MADV_COLLAPSE, Linux 6.1; False if the kernel does not."""
+    return int(_call(_MADVISE, address, length, MADV_COLLAPSE, 0, 0)) >= 0
+
+
 SECCOMP_SET_MODE_FILTER = 1
-_set_filter = _typed_syscall(ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 
 
 class _SockFprog(ctypes.Structure):
@@ -258,11 +271,10 @@ class SeccompFilter:
         self._program = (ctypes.c_char * len(program)).from_buffer(program)
         self._fprog = _SockFprog(len(program) // 8, ctypes.addressof(self._program))
         self._address = ctypes.addressof(self._fprog)
-        self._number = _number("seccomp")
 
     def install(self) -> None:
         """seccomp(2): filter this thread, and what it starts, for good."""
-        if _set_filter(self._number, SECCOMP_SET_MODE_FILTER, 0, self._address) < 0:
+        if _call(_SECCOMP, SECCOMP_SET_MODE_FILTER, 0, self._address, 0, 0) < 0:
             number = ctypes.get_errno()
             reason = _SECCOMP_REASONS.get(number, "failed")
             raise OSError(number, f"seccomp: {os.strerror(number)}: {reason}")
