@@ -38,6 +38,8 @@ def admit(request: ToolRequest, tools: Mapping[str, ServedTool]) -> Failure | No
     if served is None:
         return _unknown(request.tool, tools)
     tool, params = served.tool, request.params
+    if not tool.required and not tool.declares_auth:
+        return None
     token_names = {"auth_token", tool.auth_with or "auth_token"}
     # A token that is missing is said to be one, even where it is listed as a parameter.
     missing = [name for name in tool.required if name not in params and name not in token_names]

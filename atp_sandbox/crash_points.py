@@ -39,6 +39,11 @@ def arm(environ: Mapping[str, str]) -> None:
     _armed, _left = point, int(count or "1")
 
 
+def is_armed() -> bool:
+    """Whether any point is one to end at."""
+    return bool(_armed)
+
+
 def reach(point: str) -> None:
     """The supervisor passes `point`."""
     global _left

@@ -44,8 +44,8 @@ from atp_sandbox.atp.session import Forgotten, Resend, Running, Session, Start
 from atp_sandbox.journal import UNAVAILABLE, Journal
 from atp_sandbox.limits import MIB, format_size
 from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success, outcome_json
-from atp_sandbox.toolkit import NodeCall
 
 LINK_TIMINGS = LinkTimings()
 MAX_UNSENT_BYTES = 4 * MIB
@@ -237,7 +237,7 @@ class LinkUnit:
     def release(self) -> None:
         """Close the journal: nothing is written any more. Safe to call again."""
         # Without waiting for the next attempt after one that failed: there will be none.
-        self._journal.commit(self._session, math.inf)
+        self._journal.commit(self._session, math.inf, everything=True)
         self._journal.close()
 
     def starting(
@@ -392,8 +392,8 @@ class LinkUnit:
             crash_points.reach(crash_points.BEFORE_SEND)
             for text in outbox.take(room, self._loop.now()):
                 self._link.send(text)
-            # The connection writes at the end of this turn, and then we are asked again.
-            self._loop.call_soon(self._sent)
+            if crash_points.is_armed():
+                self._loop.call_last(self._sent)  # after the connection, which writes then
         if outbox.unconfirmed and self.is_idle:
             self._link.ping()
         elif outbox.unconfirmed and self._ping_timer is None:
@@ -425,7 +425,8 @@ class LinkUnit:
         self._upkeep_timer = self._loop.call_later(_UPKEEP_S, self._upkeep)
         now = self._loop.now()
         self._journal.tidy(now)
-        self._journal.commit(self._session, now)  # after it: of a file that is gone, everything
+        # After it: of a file that is gone, everything.
+        self._journal.commit(self._session, now, everything=True)
         given_up = self._session.outbox.given_up
         if given_up > self._given_up:
             log.emit(

@@ -29,13 +29,14 @@ from atp_sandbox.jails.janitor_service import Duty, JanitorService
 from atp_sandbox.jails.remedies import isolation_error
 from atp_sandbox.jails.snapshot import Snapshot, SnapshotHold, prune, take_snapshot
 from atp_sandbox.loop import Loop, Timer
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.scheduling.shares import TOTAL_QUEUE, Shares
 from atp_sandbox.settings import ServeOptions, ToolkitSettings
 from atp_sandbox.state import let_others_pass, prepare, remove_stale_scratch, scratch_prefix
-from atp_sandbox.toolkit import NodeCall, ServedToolkit, State
+from atp_sandbox.toolkit import ServedToolkit, State
 
 USAGE_SAMPLE_S = 0.02
 """Between two looks at what running calls use; a page fault costs 4 µs, so 20 MB slip through."""

@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Sequence
 
 from atp_sandbox.admission import ServedTool
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Outcome
-from atp_sandbox.toolkit import NodeCall
 
 _TOKEN = b'"sample_token"'
 

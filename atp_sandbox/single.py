@@ -18,10 +18,11 @@ from atp_sandbox.errors import SandboxError
 from atp_sandbox.learned import Learned
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Outcome
 from atp_sandbox.policy import Reroute
 from atp_sandbox.settings import ToolkitSettings
-from atp_sandbox.toolkit import NodeCall, ServedToolkit
+from atp_sandbox.toolkit import ServedToolkit
 
 _SPARE_S = 30.0
 """Beyond the toolkit's own limits, which the node keeps: only a bug of ours takes longer."""

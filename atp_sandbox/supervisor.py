@@ -6,7 +6,6 @@ joins the node to the links and knows when everything is ready and when everythi
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -25,17 +24,16 @@ from atp_sandbox.learned import Learned
 from atp_sandbox.link_unit import CallContext, LinkUnit, registration_entry
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Kind, Outcome
 from atp_sandbox.reloader import Reloader
 from atp_sandbox.samples import SampleCalls
 from atp_sandbox.scheduling.pool import UNAVAILABLE_DRAINING, UNAVAILABLE_STOPPED
 from atp_sandbox.settings import ServeSettings
 from atp_sandbox.state import LinkLock
-from atp_sandbox.toolkit import NodeCall, ServedToolkit
+from atp_sandbox.toolkit import ServedToolkit
 
 DRAIN_LOOK_S = 0.02
-_SECRET_CHARS = 6
-"""Shorter strings of a token, such as its kind, are no secret and stand in many texts."""
 SCRIPT_END_S = 1.0
 """For what a toolkit's script still does after `stop()` let its `start()` return."""
 
@@ -319,12 +317,11 @@ class Supervisor:
             context.finished(call, outcome)
             return
         assert isinstance(context, CallContext)
-        secrets = _secrets(call)
         if printed:
             log.emit(
                 log.INFO,
                 "tool_output",
-                log.without(printed, secrets),
+                log.without(printed, call.secrets()),
                 toolkit=call.toolkit,
                 tool=call.tool.name,
                 request_id=context.request_id_json,
@@ -335,7 +332,7 @@ class Supervisor:
             log.emit(
                 log.INFO,
                 "call_failed",
-                log.without(outcome.error, secrets),
+                log.without(outcome.error, call.secrets()),
                 toolkit=call.toolkit,
                 tool=call.tool.name,
                 request_id=context.request_id_json,
@@ -456,22 +453,3 @@ class Supervisor:
     def _fail(self, error: SandboxError) -> None:
         self._error = self._error or error
         self._loop.stop()
-
-
-def _secrets(call: NodeCall) -> list[str]:
-    """What of a call's token may not be logged, whoever prints it: each of its longer strings.
-
-    Also of one that never entered the jail: it may have come among the parameters as well.
-    """
-    found: list[str] = []
-    todo: list[object] = [] if call.token is None else [json.loads(call.token)]
-    todo += [secret.decode("utf-8", "replace") for secret in call.stands_for.values()]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            todo += value.values()
-        elif isinstance(value, list):
-            todo += value
-        elif isinstance(value, str) and len(value) >= _SECRET_CHARS:
-            found.append(value)
-    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -32,20 +31,21 @@ from atp_sandbox.jails.snapshot import Snapshot
 from atp_sandbox.jails.worker import Exited
 from atp_sandbox.limits import format_duration, format_size
 from atp_sandbox.loop import Loop, Timer
-from atp_sandbox.outcome import Failure, Kind, Limit, Outcome
+from atp_sandbox.node_call import NodeCall
+from atp_sandbox.outcome import Failure, Kind, Limit, Outcome, Success
 from atp_sandbox.scheduling import pool, verdict
 from atp_sandbox.scheduling.quarantine import TRYING_S, WINDOW_S, Quarantine
 from atp_sandbox.scheduling.shares import Shares
 from atp_sandbox.settings import Lifetime, LifetimeKind, ToolkitSettings
 from atp_sandbox.state import scratch_directory
-from workers.frames import FrameError, FrameTooLong, is_oversize
+from workers.frames import CALL_ID_BYTES, FrameError, FrameTooLong, is_oversize
 
 RESTING_BYTES = 32 * 1024 * 1024
 """A zygote before its import: the interpreter and our modules, with room to spare."""
-_CALL_ID_BYTES = 16
 _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 30.0
 _STABLE_S = 10.0
+_CALL_IDS = 64
 _SLOW_LOOK_S = 0.5
 """Between two looks at scratch that the kernel does not limit, and at a zygote that serves."""
 
@@ -56,23 +56,6 @@ class State(Enum):
     RESTARTING = auto()
     FAILED = auto()
     STOPPED = auto()
-
-
-@dataclass(slots=True)
-class NodeCall:
-    """One call on its way through a node. `context` is the submitter's and comes back untouched."""
-
-    toolkit: str
-    tool: Tool
-    params: bytes = field(repr=False)
-    token: bytes | None = field(repr=False)
-    received_at: float
-    context: object = None
-    is_sample: bool = False
-    call_id: bytes = b""
-    """Random, given when the call is handed to a worker; its answer must carry it."""
-    stands_for: dict[str, bytes] = field(default_factory=dict, repr=False)
-    """If its token is put in outside the jail: what the placeholders in `token` stand for."""
 
 
 class ToolkitListener(Protocol):
@@ -142,6 +125,10 @@ class ServedToolkit:
         self._restart_error: SandboxError | None = None
         """Why it could not be started again, as long as that is so."""
         self.quarantine = Quarantine()
+        self._following: dict[int, list[Callable[[], None]]] = {}
+        """What came from each worker whose scratch is looked at, for the answer before that."""
+        self._is_timer_due = False
+        self._call_ids: list[bytes] = []
         self._up_since = 0.0
         self._next_slow_look = 0.0
         self._overloads = 0
@@ -397,7 +384,9 @@ class ServedToolkit:
             if self.lifetime.kind is not LifetimeKind.JAIL:
                 now = self._loop.now()
                 self.state = State.RESTARTING  # so that its calls do not count one by one
-                self._obey(self._pool.supply_lost(reason, now))
+                unbegun = {n: self._take_back(jail, n) for n, _ in self._pool.running_workers()}
+                self._obey(self._pool.supply_lost(reason, now, unbegun))
+                self._following.clear()
                 self._note_quarantine(self.quarantine.jail_crashed(now))
                 if now - self._up_since > _STABLE_S:
                     self._restart_s = _FIRST_RESTART_S
@@ -417,6 +406,9 @@ class ServedToolkit:
     def worker_answered(
         self, jail: Jail, number: int, call_id: bytes, kind: str, body: bytes
     ) -> None:
+        if number in self._following:
+            self._follow(number, partial(self.worker_answered, jail, number, call_id, kind, body))
+            return
         call = self._pool.call_of(number)
         if call is None:
             # Already concluded (its worker is being ended), or nothing was asked.
@@ -428,11 +420,34 @@ class ServedToolkit:
             return
         if kind == "error":
             # Whether the tool failed for want of space is seen from outside, not in its words.
+            self._following[number] = []
             jail.measure_scratch(
-                number, lambda is_full: self._judge(jail, number, call, kind, body, is_full)
+                number, lambda is_full: self._on_measured(jail, number, call, kind, body, is_full)
             )
         else:
             self._judge(jail, number, call, kind, body, scratch_is_full=False)
+
+    def _on_measured(
+        self,
+        jail: Jail,
+        number: int,
+        call: pool.Call,
+        kind: str,
+        body: bytes,
+        scratch_is_full: bool,
+    ) -> None:
+        following = self._following.pop(number, [])
+        self._judge(jail, number, call, kind, body, scratch_is_full)
+        for what_came in following:
+            what_came()
+
+    def _follow(self, number: int, what_came: Callable[[], None]) -> None:
+        """Keep the order: what a worker said first is judged first."""
+        following = self._following[number]
+        following.append(what_came)
+        if len(following) > pool.MAX_HANDED:  # more than it was ever given calls
+            del self._following[number]
+            self._stop(number, verdict.broke_rules())
 
     def _judge(
         self,
@@ -453,9 +468,13 @@ class ServedToolkit:
         if isinstance(outcome, Failure) and kind == "error":
             seen = _seen(jail.counted(number), scratch_is_full)
             outcome = verdict.judge_failure(outcome, seen, self.settings.limits)
-        self._obey(self._pool.worker_answered(number, outcome, self._loop.now()))
+        now, came_at = self._loop.now(), self._loop.turn_at
+        self._obey(self._pool.worker_answered(number, outcome, now, came_at))
 
     def worker_broke_rules(self, jail: Jail, number: int, error: FrameError) -> None:
+        if number in self._following:
+            self._follow(number, partial(self.worker_broke_rules, jail, number, error))
+            return
         call = self._pool.call_of(number)
         if isinstance(error, FrameTooLong) and call is not None:
             assert isinstance(call.payload, NodeCall)
@@ -478,7 +497,9 @@ class ServedToolkit:
     def worker_exited(self, jail: Jail, number: int, exited: Exited) -> None:
         seen = _seen(exited.counted, exited.scratch_was_full)
         failure = verdict.judge_failure(verdict.crashed(exited.status), seen, self.settings.limits)
-        self._obey(self._pool.worker_exited(number, failure, self._loop.now()))
+        self._following.pop(number, None)
+        unbegun = self._take_back(jail, number)
+        self._obey(self._pool.worker_exited(number, failure, self._loop.now(), unbegun))
         if jail in self._own_jails:
             self._drop_own_jail(jail)
 
@@ -487,17 +508,22 @@ class ServedToolkit:
     def _obey(self, commands: list[pool.Command]) -> None:
         for command in commands:
             match command:
-                case pool.StartWorker(number):
-                    self._start_worker(number)
                 case pool.Assign(number, call):
                     self._assign(number, call)
-                case pool.Kill(number):
-                    self._kill(number)
                 case pool.Conclude(call, outcome, ran_on):
                     self._conclude(call, outcome, ran_on)
+                case pool.StartWorker(number):
+                    self._start_worker(number)
+                case pool.Withdraw(number):
+                    self._withdraw(number)
+                case pool.Kill(number):
+                    self._withdraw(number)
+                    self._kill(number)
                 case _:
                     assert_never(command)
-        self._set_timer()
+        if not self._is_timer_due:
+            self._is_timer_due = True
+            self._loop.call_last(self._set_timer)
 
     def _start_worker(self, number: int) -> None:
         if self.lifetime.kind is LifetimeKind.JAIL:
@@ -512,14 +538,15 @@ class ServedToolkit:
             self._main.start_worker(number)
 
     def _assign(self, number: int, call: pool.Call) -> None:
-        if self._pool.call_of(number) is not call:
+        if call not in self._pool.calls_of(number):
             return  # a command before this one ended the jail
         payload = call.payload
         assert isinstance(payload, NodeCall)
-        payload.call_id = secrets.token_bytes(_CALL_ID_BYTES)
+        payload.is_handed = False
+        payload.call_id = call_id = self._new_call_id()
 
         def is_still_due() -> bool:
-            return self._pool.call_of(number) is call
+            return payload.call_id is call_id
 
         self._listener.call_starting(
             payload,
@@ -527,7 +554,34 @@ class ServedToolkit:
             lambda failure: self._stop(number, failure) if is_still_due() else None,
         )
 
+    def _new_call_id(self) -> bytes:
+        """Random, and drawn many at a time: each draw is a system call."""
+        if not self._call_ids:
+            drawn = secrets.token_bytes(_CALL_IDS * CALL_ID_BYTES)
+            self._call_ids = [
+                drawn[at : at + CALL_ID_BYTES] for at in range(0, len(drawn), CALL_ID_BYTES)
+            ]
+        return self._call_ids.pop()
+
+    def _withdraw(self, number: int) -> None:
+        if self.lifetime.kind is LifetimeKind.CALLS and self._main is not None:
+            count = self._take_back(self._main, number)
+            if count:
+                self._obey(self._pool.withdrawn(number, count, self._loop.now()))
+
+    def _take_back(self, jail: Jail, number: int) -> int:
+        """How many of the last calls of a worker it has not begun, and never will."""
+        count = 0
+        for call in self._pool.calls_of(number):
+            assert isinstance(call.payload, NodeCall)
+            if not call.payload.is_handed:
+                call.payload.call_id = b""  # and so it will not be
+                count += 1
+        return count + jail.take_back(number)
+
     def _hand_over(self, number: int, payload: NodeCall) -> None:
+        payload.is_handed = True
+        self._pool.handed(number, self._loop.now())
         jail = self._jail_of(number)
         for placeholder, secret in payload.stands_for.items():
             # A provider that the operator named no hosts for is nowhere: what a toolkit says of its
@@ -555,6 +609,7 @@ class ServedToolkit:
     def _conclude(self, call: pool.Call, outcome: Outcome, ran_on: int | None) -> None:
         payload = call.payload
         assert isinstance(payload, NodeCall)
+        payload.call_id = b""
         printed = ""
         if isinstance(outcome, Failure) and outcome.kind is Kind.OVERLOADED:
             self._overloads += 1
@@ -562,6 +617,12 @@ class ServedToolkit:
         if ran_on is not None:
             jail = self._jail_of(ran_on)
             printed = jail.take_output(ran_on)
+            if printed:
+                # Whose it is can be told for sure only of a worker that has one call.
+                for other in self._pool.calls_of(ran_on):
+                    assert isinstance(other.payload, NodeCall)
+                    printed = log.without(printed, other.payload.secrets())
+                self._pool.hand_singly()
             outcome = self._end_egress(jail, ran_on, payload, outcome)
         self._listener.call_finished(payload, outcome, printed)
         self._note_end(outcome, has_run=ran_on is not None)
@@ -593,6 +654,8 @@ class ServedToolkit:
 
     def _end_egress(self, jail: Jail, number: int, payload: NodeCall, outcome: Outcome) -> Outcome:
         """Its token is worthless from here on; if it failed, it may be for what was refused."""
+        if isinstance(outcome, Success) and not payload.stands_for:
+            return outcome
         network = self._networks.get(jail)
         if network is None:
             return outcome
@@ -612,6 +675,7 @@ class ServedToolkit:
         return self._main
 
     def _set_timer(self) -> None:
+        self._is_timer_due = False
         when = self._pool.next_deadline()
         if self._timer is not None:
             if when is not None and self._timer.when <= when and self._timer.callback:
@@ -756,6 +820,7 @@ class ServedToolkit:
 
     def _lose_own_jail(self, jail: Jail, reason: str) -> None:
         number = self._own_jails[jail]
+        self._following.pop(number, None)
         self._obey(self._pool.worker_exited(number, verdict.jail_lost(reason), self._loop.now()))
         self._drop_own_jail(jail)
 

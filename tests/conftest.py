@@ -32,10 +32,11 @@ from atp_sandbox.isolation import Isolation
 from atp_sandbox.limits import Limits
 from atp_sandbox.loop import Loop
 from atp_sandbox.node import Node
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Outcome, Success
 from atp_sandbox.policy import EgressPolicy, Reroute
 from atp_sandbox.settings import ToolkitSettings, parse_lifetime
-from atp_sandbox.toolkit import NodeCall, ServedToolkit
+from atp_sandbox.toolkit import ServedToolkit
 
 # A machine that is busy with other tests is no fault of what is tested.
 hypothesis.settings.register_profile(

@@ -455,7 +455,7 @@ def test_without_a_thread_it_begins_later(
     registration.start(backend.url, KW)
     assert refused
     assert registration.until_events(1) == [Registered("kw")]
-    assert registration.first_rounds == 1
+    registration.until(lambda: registration.first_rounds)
 
 
 def test_stop_ends_retries_and_callbacks(backend: Backend, registration: Registration) -> None:

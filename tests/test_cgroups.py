@@ -42,7 +42,7 @@ from atp_sandbox.jails.cgroups_v2 import GroupV2
 MIB = 1024 * 1024
 PATIENCE_S = 20.0
 NOBODY = 65534
-UNTOUCHED = CallEvidence(0, 0, 0, 0.0, 0)
+UNTOUCHED = CallEvidence(0, 0, 0, 0.0)
 
 Starter = Callable[..., "Child"]
 
@@ -188,7 +188,6 @@ def test_memory_below_the_limit_is_no_evidence(call: CallGroup, start: Starter) 
     assert modest.wait() == 0
     evidence = call.evidence()
     assert (evidence.oom_kills, evidence.memory_refusals, evidence.pids_refused) == (0, 0, 0)
-    assert evidence.peak_bytes is None or 30 * MIB <= evidence.peak_bytes < 60 * MIB
 
 
 def test_memory_touched_before_the_move_is_not_the_calls(jail: JailGroup, start: Starter) -> None:
@@ -453,7 +452,6 @@ def test_group_is_used_again_and_counts_from_nothing(
     assert modest.wait() == 0
     evidence = again.evidence()
     assert (evidence.oom_kills, evidence.pids_refused) == (0, 0)
-    assert evidence.peak_bytes is None or evidence.peak_bytes < 40 * MIB
     third = jail.take_call(memory_bytes=64 * MIB, pids_max=50)
     assert third.give_back()
     assert again.give_back()
@@ -494,7 +492,7 @@ def test_counting_restarts_for_the_next_call_of_one_worker(call: CallGroup, star
     bomb.release()
     bomb.read_line()
     assert call.evidence().pids_refused
-    call.restart()
+    call.restart(counts_cpu=True)
     assert call.evidence().pids_refused == 0
 
 

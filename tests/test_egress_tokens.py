@@ -19,12 +19,12 @@ import pytest
 import trustme
 from conftest import LogLine, NodeMaker, ServedNode, jail_processes
 
-from atp_sandbox import log, supervisor
+from atp_sandbox import log
 from atp_sandbox.egress.tokens import substitute
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Kind
 from atp_sandbox.policy import parse_reroute, policy_of
 from atp_sandbox.scheduling.quarantine import Phase
-from atp_sandbox.toolkit import NodeCall
 
 HOST = "api.hubapi.com"
 TOKEN = "pat-eu1-" + "5ec2e7" * 6
@@ -485,7 +485,7 @@ def test_a_token_that_is_kept_outside_is_kept_from_the_log_too(injected: ServedN
     call = NodeCall("kit", tool, b"{}", json.dumps(TOKEN).encode(), received_at=0.0)
     call.token, call.stands_for = substitute(call.token or b"")
     text = f"ValueError: {TOKEN} and {call.token.decode()}"
-    shown = log.without(text, supervisor._secrets(call))
+    shown = log.without(text, call.secrets())
     assert TOKEN not in shown
     assert PREFIX not in shown
 

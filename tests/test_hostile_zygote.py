@@ -25,10 +25,10 @@ from conftest import (
 
 from atp_sandbox.errors import ToolkitError
 from atp_sandbox.isolation import Isolation, Waivable
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Kind
 from atp_sandbox.scheduling.pool import HUNG_UP_S, START_S
 from atp_sandbox.settings import ToolkitSettings
-from atp_sandbox.toolkit import NodeCall
 
 SOON_S = 2.0
 """What takes milliseconds and is promised within a second or so."""
@@ -488,7 +488,7 @@ FORGER = (
 
     def receive_and_tell(channel, decoder):
         received = receive(channel, decoder)
-        board[64 * me + 1 : 64 * me + 17] = received[0]
+        board[64 * me + 1 : 64 * me + 17] = received[0][1]
         return received
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import random
 import resource
 import signal
 import sqlite3
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import psutil
 import pytest
 from backends import ROOT, FakeBackend, Serving
@@ -195,6 +198,47 @@ def test_after_another_boot_nothing_in_it_is_old(
         assert began <= record.since <= time.monotonic()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_it_says_what_is_known_whenever_the_process_dies_and_whatever_was_merged(
+    path: Path, session: Session, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(journal_module, "MERGE_BYTES", 2_000)
+    draw = random.Random(seed)
+    journal, running, now = opened(path), [], 0.0
+    aside = path.parent / "aside" / path.name
+    aside.parent.mkdir()
+    for step in range(150):
+        now += 10.0
+        for _ in range(draw.randrange(4)):
+            running.append(begin(session, draw.randrange(10**9)))
+        for key in draw.sample(running, draw.randrange(1 + len(running))):
+            if draw.random() < 0.5:
+                session.started(key)
+            else:
+                running.remove(key)
+                session.answered(key, "a" * draw.choice((10, 3_000)), now)
+        if draw.random() < 0.5:
+            session.outbox.take(draw.choice((1, 100_000)), now)
+            session.confirm(session.outbox._confirmed + draw.randrange(5))
+        session._forget_old(now)
+        if draw.random() < 0.05:
+            journal.tidy(math.inf)
+        assert journal.commit(session, now, everything=True)
+        if step % 10 == 9:
+            for part in path.parent.glob(f"{path.name}*"):
+                (aside.parent / part.name).write_bytes(part.read_bytes())
+            with contextlib.closing(JournalFile(aside)) as file:
+                found = {record.key: record for record in file.load()}
+            known = {record.key: record for record in session.records()}
+            assert found.keys() == known.keys()
+            for key, record in known.items():
+                text = record.text if record.stage is Stage.ANSWERED else None
+                assert (found[key].stage, found[key].text) == (record.stage, text)
+                assert (found[key].identity, found[key].tool) == (record.identity, record.tool)
+    journal.close()
+    assert {r.key for r in JournalFile(path).load()} == {r.key for r in session.records()}
+
+
 # -- what cannot be read ---------------------------------------------------------------------------
 
 
@@ -270,6 +314,25 @@ def test_a_row_that_nobody_can_have_written_is_damage_and_ends_no_server(
     filled(path, session)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute(f"UPDATE calls SET {damage}")
+    assert opened(path).refusal is None
+    assert [line.event for line in logged] == ["journal_failed"]
+    assert path.with_suffix(".damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(b"", b"\xc1", msgpack.packb(7), msgpack.packb([[], [1, "2"]]), msgpack.packb([[], [-1]])),
+        msgpack.packb([[(1, b"i", "id", "tool", 9, 1.0, None)], []]),
+        msgpack.packb([[(1, b"i", "id", "tool", 1, "now", None)], []]),
+    ],
+)
+def test_a_turn_that_nobody_can_have_written_is_damage_and_ends_no_server(
+    path: Path, session: Session, logged: list[LogLine], changes: bytes
+) -> None:
+    filled(path, session)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("INSERT INTO turns (changes) VALUES (?)", (changes,))
     assert opened(path).refusal is None
     assert [line.event for line in logged] == ["journal_failed"]
     assert path.with_suffix(".damaged").exists()

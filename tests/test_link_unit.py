@@ -25,10 +25,10 @@ from atp_sandbox.journal import Journal
 from atp_sandbox.limits import Limits
 from atp_sandbox.link_unit import MAX_UNSENT_BYTES, MAX_WAITING_BYTES, CallContext, LinkUnit
 from atp_sandbox.loop import Loop
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Success
 from atp_sandbox.scheduling.verdict import timed_out
 from atp_sandbox.settings import JournalMode
-from atp_sandbox.toolkit import NodeCall
 
 MIB = 1024 * 1024
 TOOL = Tool(
@@ -151,9 +151,9 @@ def test_a_call_starts_and_an_answer_goes_out_only_once_the_journal_has_them(
     committed: list[bool] = []
     commit = served.unit._journal.commit
 
-    def note(*arguments: Any) -> bool:
+    def note(*arguments: Any, **options: Any) -> bool:
         committed.append(not served.unit._link.unsent_bytes)
-        return commit(*arguments)
+        return commit(*arguments, **options)
 
     served.unit._journal.commit = note  # type: ignore[method-assign]
     served.answer(call, 10)
@@ -172,7 +172,9 @@ def test_what_goes_on_with_waiting_answers_does_not_overtake_the_journal(
     served.until(lambda: served.started)
     unit, done = served.unit, []
     commit, send = unit._journal.commit, unit._link.send
-    monkeypatch.setattr(unit._journal, "commit", lambda *a: done.append("commit") or commit(*a))
+    monkeypatch.setattr(
+        unit._journal, "commit", lambda *a, **k: done.append("commit") or commit(*a, **k)
+    )
     monkeypatch.setattr(unit._link, "send", lambda text: done.append("send") or send(text))
     served.answer(served.started[0], 10)
     if way == "timer":
@@ -189,7 +191,7 @@ def test_calls_are_refused_and_not_started_while_a_required_journal_cannot_be_wr
     served = Served(server.url, Journal(tmp_path / "journal", JournalMode.REQUIRED))
     try:
         peer = connect(served, server)
-        served.unit._journal.commit = lambda *_: False  # type: ignore[method-assign]
+        served.unit._journal.commit = lambda *_, **__: False  # type: ignore[method-assign]
         peer.send(request(1))
         served.until(lambda: served.refused)
         assert served.started == []

@@ -163,3 +163,19 @@ def test_running_ends_with_stop_and_with_an_exception_of_a_callback(loop: Loop) 
 def test_waiting_for_a_condition_says_whether_it_came(loop: Loop) -> None:
     assert loop.run_until(lambda: True, 0)
     assert not loop.run_until(lambda: False, 0.01)
+
+
+def test_what_is_to_come_last_comes_after_all_else_of_the_same_turn(loop: Loop) -> None:
+    seen: list[str] = []
+
+    def at_end() -> None:
+        seen.append("last")
+        loop.call_last(lambda: seen.append("later"))
+
+    loop.call_last(at_end)
+    loop.call_soon(lambda: seen.append("soon"))
+    loop.call_later(0, lambda: seen.append("timer"))
+    loop.run_once()
+    assert seen == ["timer", "soon", "last"]
+    loop.run_once()
+    assert seen[3:] == ["later"]

@@ -17,6 +17,7 @@ from atp_sandbox.scheduling.pool import (
     END_S,
     HUNG_UP_S,
     MAX_AHEAD,
+    MAX_HANDED,
     MAX_RETRY_S,
     NEXT_STATE,
     START_S,
@@ -29,6 +30,7 @@ from atp_sandbox.scheduling.pool import (
     Pool,
     StartWorker,
     State,
+    Withdraw,
 )
 from atp_sandbox.scheduling.shares import TOTAL_QUEUE, Shares
 from atp_sandbox.settings import parse_lifetime
@@ -62,12 +64,22 @@ class PoolMachine(RuleBasedStateMachine):
         concurrency=st.integers(1, 4),
         queue=st.integers(0, 4),
         queue_bytes=st.integers(0, 30),
-        lifetime=st.sampled_from(["call", "calls:2", "calls:3", "jail"]),
+        lifetime=st.sampled_from(["call", "calls:2", "calls:3", "calls:40", "jail"]),
         total_queue=st.integers(0, 4),
+        most_handed=st.sampled_from([1.0, 2.0, float(MAX_HANDED)]),
+        begun=st.integers(0, 2),
     )
     def build(
-        self, concurrency: int, queue: int, queue_bytes: int, lifetime: str, total_queue: int
+        self,
+        concurrency: int,
+        queue: int,
+        queue_bytes: int,
+        lifetime: str,
+        total_queue: int,
+        most_handed: float,
+        begun: int,
     ) -> None:
+        """`begun`: how many calls a worker has begun by the time that it is to give others back."""
         self.limits = limits_of(concurrency=concurrency, queue=queue, queue_bytes=queue_bytes)
         self.total_queue = total_queue
         total = Shares(TOTAL_QUEUE, total_queue, queue_bytes)
@@ -76,10 +88,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.calls_per_worker = self.pool._calls_per_worker
         self.now = 100.0
         self.open: list[Call] = []
-        self.running: dict[int, Call] = {}
+        self.running: dict[int, list[Call]] = {}
+        """The calls of each busy worker; the first runs."""
         self.workers: dict[int, str] = {}
         self.used: dict[int, int] = {}
+        """How many calls each worker was given and did not give back."""
         self.is_supplied = False
+        self.begun = begun
+        self.put_back = 0
+        """Calls that waited again: the queue may be fuller by so many."""
+        self.pool._most_handed = most_handed if self.calls_per_worker > 1 else 1.0
         self.supply_up()
 
     def obey(self, commands: list[Command], caused_by: int | None = None) -> None:
@@ -91,29 +109,53 @@ class PoolMachine(RuleBasedStateMachine):
                     self.workers[number] = "starting"
                     self.used[number] = 0
                 case Assign(number, call):
-                    assert self.workers[number] == "ready"
+                    has = self.running.setdefault(number, [])
+                    assert self.workers[number] == ("busy" if has else "ready")
+                    assert len(has) < MAX_HANDED
                     assert self.used[number] < self.calls_per_worker
                     assert call in self.open
-                    assert call not in self.running.values()
+                    assert call not in self.assigned
                     assert self.now < call.deadline
                     self.workers[number] = "busy"
                     self.used[number] += 1
-                    self.running[number] = call
+                    has.append(call)
+                case Withdraw(number):
+                    assert len(self.running[number]) > 1
+                    self.withdraw(number, self.begun)
                 case Kill(number):
                     assert self.workers[number] != "gone"
-                    assert number not in self.running, "a call must be concluded first"
                     self.workers[number] = "ending"
+                    if number in self.running:  # the one that ran was concluded first
+                        self.withdraw(number, 0)
                 case Conclude(call, _outcome, number):
                     self.open.remove(call)  # raises if it was concluded before
-                    assert (number is None) == (call not in self.running.values())
+                    assert (number is None) == (call not in self.assigned)
                     if number is not None:
-                        assert self.running.pop(number) is call
+                        assert self.running[number].pop(0) is call
+                        if not self.running[number]:
+                            del self.running[number]
                         if number != caused_by:
                             self.workers[number] = "ending"
         assert len(self.running) <= self.limits.concurrency
         assert sum(1 for state in self.workers.values() if state != "gone") < slot_count(
             self.limits
         )
+
+    @property
+    def assigned(self) -> list[Call]:
+        return [call for calls in self.running.values() for call in calls]
+
+    def withdraw(self, number: int, begun: int) -> None:
+        """Worker `number` gives back all calls but the first `begun`."""
+        count = len(self.running[number]) - begun
+        del self.running[number][begun:]
+        self.used[number] -= count
+        if not self.running[number]:
+            del self.running[number]
+            if self.workers[number] == "busy":
+                self.workers[number] = "ready"
+        self.put_back += count
+        self.obey(self.pool.withdrawn(number, count, self.now))
 
     def some(self, index: int, *states: str) -> int | None:
         found = [n for n, state in self.workers.items() if state in states]
@@ -135,10 +177,14 @@ class PoolMachine(RuleBasedStateMachine):
     def supply_lost(self) -> None:
         self.is_supplied = False
         waiting = self.pool.waiting
-        commands = self.pool.supply_lost("it fell", self.now)
+        unbegun = {number: max(0, len(calls) - 1) for number, calls in self.running.items()}
+        for number, count in unbegun.items():
+            del self.running[number][len(self.running[number]) - count :]
+        self.put_back += sum(unbegun.values())
+        commands = self.pool.supply_lost("it fell", self.now, unbegun)
         self.obey(commands)
         assert self.running == {}
-        assert self.pool.waiting == waiting
+        assert self.pool.waiting == waiting + sum(unbegun.values())
         self.workers = dict.fromkeys(self.workers, "gone")
 
     @rule()
@@ -161,9 +207,10 @@ class PoolMachine(RuleBasedStateMachine):
     def answered(self, index: int) -> None:
         number = self.some(index, "busy")
         if number is not None:
-            is_last = self.used[number] == self.calls_per_worker
-            self.workers[number] = "ending" if is_last else "ready"
-            call = self.running[number]
+            call, *others = self.running[number]
+            if not others:
+                is_last = self.used[number] == self.calls_per_worker
+                self.workers[number] = "ending" if is_last else "ready"
             commands = self.pool.worker_answered(number, DONE, self.now)
             assert commands[0] == Conclude(call, DONE, number)
             self.obey(commands, caused_by=number)
@@ -184,11 +231,22 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.workers[number] == "ending"
 
     @rule(index=st.integers(0))
+    def handed(self, index: int) -> None:
+        number = self.some(index, "busy")
+        if number is not None:
+            self.pool.handed(number, self.now)
+
+    @rule(index=st.integers(0))
     def exited(self, index: int) -> None:
         number = self.some(index, "starting", "ready", "busy", "ending", "hung up")
         if number is not None:
             self.workers[number] = "gone"
-            self.obey(self.pool.worker_exited(number, GONE, self.now), caused_by=number)
+            unbegun = max(0, len(self.running.get(number, [])) - 1)
+            if unbegun:
+                del self.running[number][1:]
+                self.put_back += unbegun
+            commands = self.pool.worker_exited(number, GONE, self.now, unbegun)
+            self.obey(commands, caused_by=number)
 
     @precondition(lambda self: self.used)
     @rule(index=st.integers(0))
@@ -225,13 +283,14 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         assert self.pool.running == len(self.running)
-        assert self.pool.waiting == len(self.open) - len(self.running)
-        assert self.pool.waiting <= min(self.limits.queue, self.total_queue)
-        waiting = [call for call in self.open if call not in self.running.values()]
-        assert sum(call.size_bytes for call in waiting) <= self.limits.queue_bytes
+        assert self.pool.waiting == len(self.open) - len(self.assigned)
+        assert self.pool.waiting <= min(self.limits.queue, self.total_queue) + self.put_back
+        waiting = [call for call in self.open if call not in self.assigned]
+        if not self.put_back:
+            assert sum(call.size_bytes for call in waiting) <= self.limits.queue_bytes
         assert self.pool.is_idle == (not self.open)
-        assert dict(self.pool.running_workers()) == self.running
-        assert all(self.pool.call_of(number) is call for number, call in self.running.items())
+        assert dict(self.pool.running_workers()) == {n: c[0] for n, c in self.running.items()}
+        assert all(self.pool.calls_of(number) == calls for number, calls in self.running.items())
 
     @invariant()
     def a_free_worker_and_a_waiting_call_do_not_both_wait(self) -> None:

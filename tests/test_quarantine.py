@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from atp_sandbox import toolkit as toolkit_module
 from atp_sandbox.journal import UNAVAILABLE
+from atp_sandbox.node_call import NodeCall
 from atp_sandbox.outcome import Failure, Kind
 from atp_sandbox.scheduling import quarantine as module
 from atp_sandbox.scheduling.quarantine import (
@@ -29,7 +30,7 @@ from atp_sandbox.scheduling.quarantine import (
     Phase,
     Quarantine,
 )
-from atp_sandbox.toolkit import NodeCall, State
+from atp_sandbox.toolkit import State
 
 # -- the decision ----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ still gets its answer out. Its answer is a claim: the supervisor checks it and r
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import inspect
 import json
@@ -22,6 +23,7 @@ from .discovery import Registration, Registry
 
 _CHANNEL_FD = 200
 """High, so that tools which close "all" low descriptors keep their answer."""
+_PERMITS_FD = _CHANNEL_FD + 1
 _ERROR_CHARS = 64 * 1024
 _DEEPEST = 1_000
 """Levels of a result that are looked at; fewer are allowed outside."""
@@ -43,7 +45,10 @@ _encode_json = json.JSONEncoder(allow_nan=False).encode
 _home = ""
 """What was put into the environment for the last worker."""
 _first_word = b""
-_decoder = frames.TrustingDecoder()
+_ours = Registry()
+"""With a tool of our own, to rehearse with."""
+_REQUEST = frames.encode("call", bytes(frames.CALL_ID_BYTES), 0, b'{"value": "x"}', None, False)
+_permits_fd = -1
 _reseed: list[Callable[[], object]] = []
 """All of them are the next worker's."""
 
@@ -58,16 +63,22 @@ def rehearse() -> None:
     def echo(value: str) -> str:
         return value
 
-    registry = Registry()
-    registry.registrations.append(Registration(echo, None, {}))
-    request = frames.encode("call", bytes(16), 0, b'{"value": "x"}', None, False)
+    _ours.registrations.append(Registration(echo, None, {}))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for number in range(_REHEARSALS):
-            theirs.sendall(request)
+            theirs.sendall(_REQUEST)
             _send(ours.fileno(), frames.encode("ready", number))
-            _answer_one(registry, ours.fileno(), frames.TrustingDecoder(), _SMALLEST_LARGE_BYTES)
+            _answer_one(_ours, _Inbox(ours.fileno(), -1), _SMALLEST_LARGE_BYTES)
             theirs.recv(_CHUNK_BYTES)
+
+
+def _rehearse_once() -> None:
+    """In a worker that has no call yet: copy the pages now that its call would have to wait for."""
+    inbox = _Inbox(-1, -1)
+    inbox.take_in(_REQUEST)
+    with contextlib.suppress(OSError):  # its answer goes nowhere
+        _answer_one(_ours, inbox, _SMALLEST_LARGE_BYTES)
 
 
 def prepare(registry: Registry) -> None:
@@ -77,13 +88,18 @@ def prepare(registry: Registry) -> None:
         _import_asyncio()
 
 
-def prepare_fork(plan: dict[str, Any], number: int, slot: int, ticket: str) -> None:
+def prepare_fork(
+    plan: dict[str, Any], number: int, slot: int, ticket: str, permits_fd: int
+) -> None:
     """Do in the zygote what its next worker, `number`, would have to do else.
+
+    `permits_fd` is negative for a worker that takes one call.
 
     Each page that a worker writes to is copied first; of those that the zygote writes to, only the
     ones that a worker still has.
     """
-    global _home, _first_word, _reseed
+    global _home, _first_word, _reseed, _permits_fd
+    _permits_fd = permits_fd
     proxy.prepare(plan["network"], number, ticket)
     _first_word = frames.encode("ready", number)
     modules: Any = [sys.modules[name] for name in _GENERATORS if name in sys.modules]
@@ -106,12 +122,12 @@ def serve(
     slot: int,
     ticket: str,
 ) -> NoReturn:
-    """Be worker `number` for as many calls as planned; never returns.
+    """Be worker `number`, which was prepared for, for as many calls as planned; never returns.
 
     `enter(slot)` confines this process to scratch `slot`; OSError ends it.
     """
     try:
-        channel = _settle(channel_fd, output_fd)
+        channel, permits = _settle(channel_fd, output_fd)
         proxy.identify()
         try:
             enter(slot)
@@ -119,10 +135,12 @@ def serve(
             sys.stderr.write(f"worker: cannot confine itself: {error}\n")
             os._exit(70)
         registry.on_stop = _refuse_stop
+        _rehearse_once()
         _send(channel, _first_word)
-        output_bytes = plan["output_bytes"]
+        inbox, output_bytes = _Inbox(channel, permits), plan["output_bytes"]
         for _ in range(plan["calls_per_worker"]):
-            _answer_one(registry, channel, _decoder, output_bytes)
+            if not _answer_one(registry, inbox, output_bytes):
+                break
         status = 0
     except SystemExit as leaving:
         status = _exit_status(leaving)
@@ -139,17 +157,21 @@ def _refuse_stop(_client: int) -> None:
     raise RuntimeError("stop() cannot be called from inside a tool")
 
 
-def _settle(channel_fd: int, output_fd: int) -> int:
-    """Make this process its own: streams, descriptors, random numbers; gives its channel."""
+def _settle(channel_fd: int, output_fd: int) -> tuple[int, int]:
+    """Make this process its own: streams, descriptors, random numbers; (channel, permits)."""
     stdio.attach(output_fd)
     channel = _duplicate(channel_fd, _FROM_THEN_ON, _CHANNEL_FD)
     os.close(channel_fd)
+    permits = -1
+    if _permits_fd >= 0:
+        permits = _duplicate(_permits_fd, _FROM_THEN_ON, _PERMITS_FD)
+        os.close(_permits_fd)
     # The hooks that fork(2) would have run in Python's modules were skipped.
     for reseed in _reseed:
         reseed()
     if _run_coroutine is not None:
         sys.modules["asyncio.events"]._set_running_loop(None)
-    return channel
+    return channel, permits
 
 
 def _send(channel: int, frame: bytes) -> None:
@@ -158,10 +180,46 @@ def _send(channel: int, frame: bytes) -> None:
         sent += os.write(channel, memoryview(frame)[sent:])
 
 
-def _answer_one(
-    registry: Registry, channel: int, decoder: frames.TrustingDecoder, output_bytes: int
-) -> None:
-    call_id, index, params_json, token_json, is_sample = _receive(channel, decoder)
+class _Inbox:
+    """The calls that this worker is handed, in order."""
+
+    def __init__(self, channel: int, permits: int) -> None:
+        self.channel = channel
+        self._permits = permits
+        self._permit = b""
+        self._decoder = frames.TrustingDecoder()
+        self._handed: list[frames.Message] = []
+        """The next one last."""
+
+    def take_in(self, data: bytes) -> None:
+        self._handed = self._decoder.feed(data)[::-1]
+
+    def next(self) -> frames.Message:
+        """The next call that may begin; ends the process if there will be none."""
+        while True:
+            while not self._handed:
+                self._handed = _receive(self.channel, self._decoder)[::-1]
+            message = self._handed.pop()
+            if self._permits < 0 or self._may_begin(message[1]):
+                return message
+
+    def _may_begin(self, call_id: bytes) -> bool:
+        """Whether the supervisor has not taken this call back: only one side gets its permit."""
+        if not self._permit:
+            try:
+                self._permit = os.read(self._permits, frames.CALL_ID_BYTES)
+            except BlockingIOError:
+                return False
+        if self._permit != call_id:
+            return False  # it is for one that comes later
+        self._permit = b""
+        return True
+
+
+def _answer_one(registry: Registry, inbox: _Inbox, output_bytes: int) -> bool:
+    """Take one call and answer it; whether another one may follow."""
+    channel = inbox.channel
+    _name, call_id, index, params_json, token_json, is_sample = inbox.next()
     entry = registry.registrations[index]
     pid = os.getpid()
     try:
@@ -170,10 +228,11 @@ def _answer_one(
         _end_if_not(pid)
         stdio.flush()
         _send(channel, frames.oversize_head(call_id, too_large.least_bytes))
-        return
+        return False  # nothing that follows could be read
     _end_if_not(pid)
     stdio.flush()
     _send(channel, frames.encode("answer", call_id, kind, body))
+    return True
 
 
 def _end_if_not(pid: int) -> None:
@@ -183,17 +242,12 @@ def _end_if_not(pid: int) -> None:
         os._exit(0)
 
 
-def _receive(
-    channel: int, decoder: frames.TrustingDecoder
-) -> tuple[bytes, int, bytes, bytes | None, bool]:
-    while True:
-        data = os.read(channel, _CHUNK_BYTES)
-        if not data:
-            os._exit(0)
-        messages = decoder.feed(data)
-        if messages:
-            _name, call_id, index, params_json, token_json, is_sample = messages[0]
-            return call_id, index, params_json, token_json, is_sample
+def _receive(channel: int, decoder: frames.TrustingDecoder) -> list[frames.Message]:
+    """Calls that have come, maybe none yet; ends the process if none will come any more."""
+    data = os.read(channel, _CHUNK_BYTES)
+    if not data:
+        os._exit(0)
+    return decoder.feed(data)
 
 
 def _run(

@@ -26,12 +26,15 @@ Value = Union[None, bool, int, str, bytes, list[int]]
 Message = list[Any]
 
 HEADER_BYTES = 4
+CALL_ID_BYTES = 16
 HEAD_BYTES = 64
 """What is looked at of a frame that is too long to be read."""
 MAX_CONTROL_BYTES = 64 * 1024
 """Largest control frame but for `discovered`."""
 MAX_DISCOVERED_BYTES = 32 * 1024 * 1024
 """A report of every tool with its source."""
+_SMALL_BYTES = 64 * 1024
+"""Frames up to here are read by one unpacker for all; its buffer stays."""
 MAX_VALUES = 10_000
 """Elements of one array, which hold process ids: a jail has at most a few hundred."""
 
@@ -77,7 +80,8 @@ FROM_WARDEN = {
 TO_ZYGOTE = {
     "go": (),  # the supervisor has verified the confinement: import the toolkit
     "fork": (INT, INT, STR),
-    # worker number, slot, its ticket at the way out; with it two descriptors: call channel, output
+    # worker number, slot, its ticket at the way out; with it the descriptors of its call channel,
+    # its output and, if it is for more than one call, its permits
     "become": (INT, INT, STR),  # the same, but the zygote itself serves (lifetime "jail")
 }
 FROM_ZYGOTE = {
@@ -117,9 +121,12 @@ class FrameTooLong(FrameError):
         """The first bytes of the frame's body."""
 
 
+_pack = msgpack.Packer().pack
+
+
 def encode(name: str, *values: Value) -> bytes:
     """One frame, ready to be sent."""
-    body: bytes = msgpack.packb([name, *values])
+    body: bytes = _pack((name, *values))
     return _header.pack(len(body)) + body
 
 
@@ -179,6 +186,8 @@ class Decoder:
 
     def __init__(self, table: dict[str, tuple[Any, ...]], max_frame_bytes: int) -> None:
         self._table = table
+        self._types = _flat_types(table)
+        self._unpacker: Any = None
         self._buffer = bytearray()
         self._is_broken = False
         self.max_frame_bytes = max_frame_bytes
@@ -187,9 +196,12 @@ class Decoder:
         """The messages that `data` completes; FrameError at the first violation and ever after."""
         if self._is_broken:
             raise FrameError("data after a violation")
-        self._buffer += data
         messages: list[Message] = []
         try:
+            if self._buffer:
+                self._buffer += data
+            else:
+                self._buffer += self._parse_whole(data, messages)
             while (body := self._take_body()) is not None:
                 messages.append(self._parse(body))
         except FrameError as error:
@@ -203,6 +215,18 @@ class Decoder:
     def pending_bytes(self) -> int:
         """Bytes of a frame that has begun and not ended."""
         return len(self._buffer)
+
+    def _parse_whole(self, data: bytes, messages: list[Message]) -> bytes:
+        """Parse what `data` holds of whole frames, uncopied; gives the rest."""
+        position = 0
+        while len(data) - position >= HEADER_BYTES:
+            (length,) = _header.unpack_from(data, position)
+            end = position + HEADER_BYTES + length
+            if end > len(data) or length > self.max_frame_bytes:
+                break
+            messages.append(self._parse(data[position + HEADER_BYTES : end]))
+            position = end
+        return data[position:]
 
     def _take_body(self) -> bytes | None:
         buffer = self._buffer
@@ -222,6 +246,8 @@ class Decoder:
         return body
 
     def _parse(self, body: bytes) -> Message:
+        if self._types is not None and len(body) <= _SMALL_BYTES:
+            return self._parse_flat(body, self._types)
         unpacker = msgpack.Unpacker(max_buffer_size=len(body))
         unpacker.feed(body)
         try:
@@ -231,6 +257,37 @@ class Decoder:
         except Exception as error:  # msgpack raises a dozen classes; none of them says more to us
             raise FrameError("a frame that is no whole msgpack value") from error
         if unpacker.tell() != len(body):
+            raise FrameError("a frame with more than one value")
+        return message
+
+    def _parse_flat(self, body: bytes, table: dict[str, tuple[frozenset[type], ...]]) -> Message:
+        """As `_parse`, for a short frame of a table without arrays: nothing nested can be in it."""
+        if self._unpacker is None:
+            self._unpacker = msgpack.Unpacker(
+                max_buffer_size=_SMALL_BYTES, max_array_len=0, max_map_len=0, max_ext_len=0
+            )
+        unpack = self._unpacker.unpack
+        end = self._unpacker.tell() + len(body)
+        self._unpacker.feed(body)
+        try:
+            length = self._unpacker.read_array_header()
+            name = unpack() if length else None
+            columns = table.get(name) if type(name) is str else None
+            if columns is None:
+                raise FrameError("a message that has no place here")
+            if length != len(columns) + 1:
+                raise FrameError(f"{name}: {length - 1} values, {len(columns)} expected")
+            message = [name]
+            for types in columns:
+                value = unpack()
+                if type(value) not in types:
+                    raise FrameError(f"{name}: a value of the wrong type")
+                message.append(value)
+        except FrameError:
+            raise
+        except Exception as error:  # as in `_parse`
+            raise FrameError("a frame that is no whole msgpack value") from error
+        if self._unpacker.tell() != end:
             raise FrameError("a frame with more than one value")
         return message
 
@@ -253,6 +310,25 @@ class Decoder:
                 raise FrameError(f"{name}: a value of the wrong type")
             message.append(_read_ints(body, unpacker) if kind == ARRAY else unpacker.unpack())
         return message
+
+
+_TYPES = {NONE: type(None), BOOL: bool, INT: int, STR: str, BYTES: bytes}
+
+
+def _flat_types(
+    table: dict[str, tuple[Any, ...]],
+) -> dict[str, tuple[frozenset[type], ...]] | None:
+    """What the values of each message may be; None if one of them is an array."""
+    kinds = {
+        name: [(column,) if type(column) is str else column for column in columns]
+        for name, columns in table.items()
+    }
+    if any(ARRAY in column for columns in kinds.values() for column in columns):
+        return None
+    return {
+        name: tuple(frozenset(_TYPES[kind] for kind in column) for column in columns)
+        for name, columns in kinds.items()
+    }
 
 
 def _read_ints(body: bytes, unpacker: Any) -> list[int]:

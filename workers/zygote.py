@@ -222,7 +222,8 @@ class _Zygote:
     def _obey(self, message: frames.Message) -> None:
         name, number, slot, ticket = message
         channel_fd, output_fd = self._descriptors.popleft(), self._descriptors.popleft()
-        call.prepare_fork(self._plan, number, slot, ticket)
+        permits_fd = self._descriptors.popleft() if self._plan["calls_per_worker"] > 1 else -1
+        call.prepare_fork(self._plan, number, slot, ticket, permits_fd)
         pid = 0
         if name == "fork":
             if not self._has_forked:
@@ -241,6 +242,8 @@ class _Zygote:
             call.serve(self._plan, registry, enter, channel_fd, output_fd, number, slot, ticket)
         os.close(channel_fd)
         os.close(output_fd)
+        if permits_fd >= 0:
+            os.close(permits_fd)
 
     def _receive(self) -> None:
         data, ancillary, _flags, _address = self._channel.recvmsg(

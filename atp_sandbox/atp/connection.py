@@ -217,7 +217,7 @@ class Connection:
     def _flush_soon(self) -> None:
         if not self._flush_is_due and not self._is_blocked:
             self._flush_is_due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_last(self._flush)
 
     def _flush(self) -> None:
         self._flush_is_due = self._write_needs_read = False

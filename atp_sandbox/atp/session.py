@@ -23,6 +23,9 @@ MAX_KEPT_ANSWERS = 4_096
 """Confirmed answers kept for asking again: at 100 calls a second, those of the last 40 s."""
 MAX_KEPT_BYTES = 32 * MIB
 """Their texts together."""
+MAX_UNWRITTEN = 256
+"""Confirmations that wait for something else to be written."""
+_LOOK_S = 1.0
 _DIGEST_BYTES = 16
 """Keyed, so that nobody outside can aim at a collision."""
 
@@ -54,7 +57,7 @@ class Session:
 
     def __init__(self, secret: bytes) -> None:
         """`secret`: random bytes, at most 64, the same in every process that serves this link."""
-        self._secret = secret
+        self._keyed = hashlib.blake2b(key=secret, digest_size=_DIGEST_BYTES)
         self._next_key = 1
         self._running: dict[bytes, Record] = {}
         self._by_key: dict[int, Record] = {}
@@ -65,7 +68,10 @@ class Session:
         self._kept_bytes = 0
         self.outbox = Outbox(self._settled)
         self._changed: dict[int, Record] = {}
+        self._confirmed: dict[int, Record] = {}
         self._forgotten: list[int] = []
+        self._look_at = 0.0
+        """When to look for what is too old to be remembered."""
 
     @property
     def in_flight(self) -> int:
@@ -125,12 +131,17 @@ class Session:
 
     @property
     def has_changes(self) -> bool:
-        return bool(self._changed or self._forgotten)
+        """Whether anything changed that is to be written down before it has consequences.
+
+        That an answer was confirmed has none: a successor that does not know it sends the answer
+        again. So it is written with what comes next.
+        """
+        return bool(self._changed or self._forgotten) or len(self._confirmed) >= MAX_UNWRITTEN
 
     def take_changes(self) -> tuple[list[Record], list[int]]:
         """What changed since the last time, and the keys of what was forgotten meanwhile."""
-        changed, forgotten = list(self._changed.values()), self._forgotten
-        self._changed, self._forgotten = {}, []
+        changed, forgotten = [*self._confirmed.values(), *self._changed.values()], self._forgotten
+        self._changed, self._confirmed, self._forgotten = {}, {}, []
         return changed, forgotten
 
     def records(self) -> list[Record]:
@@ -162,19 +173,19 @@ class Session:
     # -- within ------------------------------------------------------------------------------------
 
     def _identity(self, request: ToolRequest) -> bytes:
-        digest = hashlib.blake2b(key=self._secret, digest_size=_DIGEST_BYTES)
+        request_id, tool, params = request.request_id_json, request.tool, request.params_json
         # Lengths first: no two different requests may give the same bytes.
-        sizes = (len(request.request_id_json), len(request.tool), len(request.params_json))
-        head = f"{sizes}{request.request_id_json}{request.tool}"
-        digest.update(head.encode("utf-8", "surrogatepass"))
-        digest.update(request.params_json.encode("ascii"))
-        digest.update((request.auth_token_json or "").encode("ascii"))
+        sizes = f"({len(request_id)}, {len(tool)}, {len(params)})"
+        whole = f"{sizes}{request_id}{tool}{params}{request.auth_token_json or ''}"
+        digest = self._keyed.copy()
+        digest.update(whole.encode("utf-8", "surrogatepass"))
         return digest.digest()
 
     def _settled(self, record: Record) -> None:
         """Its text is kept for whoever asks again, as long as there is room."""
         assert record.text is not None
-        self._changed[record.key] = record
+        self._changed.pop(record.key, None)
+        self._confirmed[record.key] = record
         self._kept[record.identity] = record
         self._kept_bytes += len(record.text)
         while len(self._kept) > MAX_KEPT_ANSWERS or self._kept_bytes > MAX_KEPT_BYTES:
@@ -187,6 +198,9 @@ class Session:
         record.text = None
 
     def _forget_old(self, now: float) -> None:
+        if now < self._look_at and len(self._answered) <= MAX_REMEMBERED:
+            return
+        self._look_at = now + _LOOK_S
         while self._answered:
             record = next(iter(self._answered.values()))
             is_recent = now - record.since <= MAX_REMEMBERED_AGE_S
@@ -198,3 +212,4 @@ class Session:
             self._drop_text(record)
             self._forgotten.append(record.key)
             self._changed.pop(record.key, None)
+            self._confirmed.pop(record.key, None)

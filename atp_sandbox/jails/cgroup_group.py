@@ -36,7 +36,6 @@ class Counters:
     memory_refusals: int
     pids_refused: int
     cpu_us: int
-    peak_bytes: int
 
 
 class Group(ABC):
@@ -52,6 +51,9 @@ class Group(ABC):
         self._procs: list[KernelFile] = []
         self._counting: list[KernelFile] = []
         self._memory_bytes = self._processes_most = 0
+        self.known: Counters | None = None
+        """What was counted when a call began the last time that it was looked at."""
+        self.marks = b""
 
     # -- making and removing -----------------------------------------------------------------------
 
@@ -210,9 +212,14 @@ class Group(ABC):
     def counters(self) -> Counters:
         """For a group with `open_files`."""
 
-    @abstractmethod
-    def restart_peak(self) -> bool:
-        """Look for the highest memory use anew; whether this kernel can."""
+    def counters_since(self, known: Counters | None, marks: bytes) -> tuple[Counters, bytes]:
+        """`known` as long as the kernel says the same of ended and refused processes as then.
+
+        `marks` is what it said; two reads in place of all. What may have gone on meanwhile is the
+        time used, and memory refusals without an end.
+        """
+        now = b"".join(file.read() for file in self._counting[:2])
+        return (self.counters(), now) if known is None or marks != now else (known, now)
 
     @abstractmethod
     def share_cpu(self, weight: int, quota: float | None) -> None:
@@ -227,7 +234,8 @@ class Group(ABC):
         """Settings of a directory that was just made."""
 
     @abstractmethod
-    def _open_counters(self) -> list[KernelFile]: ...
+    def _open_counters(self) -> list[KernelFile]:
+        """The first two tell of processes that were ended for want of memory, or refused."""
 
     @abstractmethod
     def _write_memory(self, size_bytes: int, *, was_bytes: int) -> None: ...

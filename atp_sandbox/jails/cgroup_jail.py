@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atp_sandbox.jails.cgroup_files import CgroupError
-from atp_sandbox.jails.cgroup_group import Group
+from atp_sandbox.jails.cgroup_group import Counters, Group
 
 _END_S = 0.5
 """From SIGKILL to the last process gone, if any was left when the warden was reaped."""
@@ -34,9 +34,6 @@ class CallEvidence:
     by one above it."""
     cpu_s: float
     """Of all processes of the group, the living included. 0 on version 1 without cpuacct."""
-    peak_bytes: int | None
-    """Most memory at a time; None where the kernel cannot tell (version 2 before Linux 6.12, if an
-    earlier call in the same group had more)."""
 
 
 class CallGroup:
@@ -44,11 +41,11 @@ class CallGroup:
 
     __slots__ = ("_before", "_group", "_jail")
 
-    def __init__(self, jail: JailGroup, group: Group) -> None:
+    def __init__(self, jail: JailGroup, group: Group, *, counts_cpu: bool) -> None:
         """See `JailGroup.take_call`, which calls this."""
         self._jail = jail
         self._group: Group | None = group
-        self._before = _Baseline(group)
+        self._before = self._now(counts_cpu=counts_cpu)
 
     def add(self, pid: int) -> None:
         """Move a process here, before it gets its first call; ProcessLookupError if it is gone.
@@ -64,11 +61,17 @@ class CallGroup:
 
     def evidence(self) -> CallEvidence:
         """What was counted since the beginning; any number of times."""
-        return self._before.until_now(self._open)
+        return _counted_since(self._before, self._open.counters())
 
-    def restart(self) -> None:
-        """Count anew, for the next call of the same worker."""
-        self._before = _Baseline(self._open)
+    def restart(self, *, counts_cpu: bool) -> None:
+        """Count anew, for the next call of the same worker; its processor time only if asked to."""
+        self._before = self._now(counts_cpu=counts_cpu)
+
+    def _now(self, *, counts_cpu: bool) -> Counters:
+        group = self._open
+        known = None if counts_cpu else group.known
+        group.known, group.marks = group.counters_since(known, group.marks)
+        return group.known
 
     def kill(self) -> None:
         """SIGKILL all that is inside, whatever session, parent or state it has; does not wait."""
@@ -107,7 +110,7 @@ class JailGroup:
         self._free: list[Group] = []
         self._base = group.child("base", has_children=False)
         self._base.kill_together()
-        self._before = _Baseline(self._base)
+        self._before = self._base.counters()
 
     def add(self, pid: int) -> None:
         """Move the process that becomes the jail here; what it forks from then on is here too.
@@ -120,15 +123,17 @@ class JailGroup:
         """`add` as it can be called in another thread, and after the jail was closed."""
         return self._base.add
 
-    def take_call(self, *, memory_bytes: int, pids_max: int) -> CallGroup:
+    def take_call(self, *, memory_bytes: int, pids_max: int, counts_cpu: bool = False) -> CallGroup:
         """A group for one worker: one that was given back, else a new one (1 ms).
+
+        `counts_cpu`: whether the processor time of its call will be asked for.
 
         CgroupError: the worker must not run.
         """
         group = self._free.pop() if self._free else self._make_call()
         group.limit_memory(memory_bytes)
         group.limit_processes(pids_max)
-        return CallGroup(self, group)
+        return CallGroup(self, group, counts_cpu=counts_cpu)
 
     def prepare_calls(self, count: int) -> None:
         """Make groups ahead of need, so that `count` are there and free."""
@@ -137,7 +142,7 @@ class JailGroup:
 
     def base_evidence(self) -> CallEvidence:
         """What was counted of the warden and the zygote: an import that ran out of memory."""
-        return self._before.until_now(self._base)
+        return _counted_since(self._before, self._base.counters())
 
     def processes(self) -> set[int]:
         """Every process of the jail, so that an unknown one is seen. Slow: not for every call."""
@@ -191,22 +196,11 @@ class JailGroup:
         return self._group
 
 
-class _Baseline:
-    """What the counters of a group were when a call began; on version 1 they cannot be set to 0."""
-
-    __slots__ = ("_before", "_is_peak_new")
-
-    def __init__(self, group: Group) -> None:
-        self._is_peak_new = group.restart_peak()
-        self._before = group.counters()
-
-    def until_now(self, group: Group) -> CallEvidence:
-        before, now = self._before, group.counters()
-        knows_peak = self._is_peak_new or now.peak_bytes > before.peak_bytes
-        return CallEvidence(
-            oom_kills=now.oom_kills - before.oom_kills,
-            memory_refusals=now.memory_refusals - before.memory_refusals,
-            pids_refused=now.pids_refused - before.pids_refused,
-            cpu_s=(now.cpu_us - before.cpu_us) / 1e6,
-            peak_bytes=now.peak_bytes if knows_peak else None,
-        )
+def _counted_since(before: Counters, now: Counters) -> CallEvidence:
+    """On version 1 counters cannot be set to 0."""
+    return CallEvidence(
+        oom_kills=now.oom_kills - before.oom_kills,
+        memory_refusals=now.memory_refusals - before.memory_refusals,
+        pids_refused=now.pids_refused - before.pids_refused,
+        cpu_s=(now.cpu_us - before.cpu_us) / 1e6,
+    )

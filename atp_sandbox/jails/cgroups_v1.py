@@ -48,18 +48,13 @@ class GroupV1(Group):
             killed |= found
 
     def counters(self) -> Counters:
-        oom, events, peak, refusals, *cpu = (file.read() for file in self._counting)
+        oom, events, refusals, *cpu = (file.read() for file in self._counting)
         return Counters(
             oom_kills=field_of(oom, b"oom_kill"),
             memory_refusals=int(refusals),
             pids_refused=field_of(events, b"max"),
             cpu_us=int(cpu[0]) // 1000 if cpu else 0,
-            peak_bytes=int(peak),
         )
-
-    def restart_peak(self) -> bool:
-        self._counting[2].write(b"0")
-        return True
 
     def share_cpu(self, weight: int, quota: float | None) -> None:
         self._write("cpu", "cpu.shares", max(2, weight * _DEFAULT_SHARES // 100))
@@ -86,7 +81,6 @@ class GroupV1(Group):
         files = [
             KernelFile(f"{memory}/memory.oom_control"),
             KernelFile(f"{self._directories['pids']}/pids.events"),
-            KernelFile(f"{memory}/memory.max_usage_in_bytes", os.O_RDWR),
             KernelFile(f"{memory}/memory.failcnt"),
         ]
         if "cpuacct" in self._directories:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from collections.abc import Iterable, Mapping
 
 from atp_sandbox.jails.cgroup_files import (
@@ -31,7 +30,6 @@ class GroupV2(Group):
     def __init__(self, directories: Mapping[str, str]) -> None:
         super().__init__(directories)
         self._path = self._distinct[0]
-        self._can_restart_peak = False
 
     def delegate(self) -> None:
         enable_controllers(self._path, self._directories)
@@ -43,20 +41,13 @@ class GroupV2(Group):
         write_value(f"{self._path}/cgroup.kill", 1)
 
     def counters(self) -> Counters:
-        memory, pids, cpu, *peak = (file.read() for file in self._counting)
+        memory, pids, cpu = (file.read() for file in self._counting)
         return Counters(
             oom_kills=field_of(memory, b"oom_kill"),
             memory_refusals=field_of(memory, b"max"),
             pids_refused=field_of(pids, b"max"),
             cpu_us=field_of(cpu, b"usage_usec"),
-            peak_bytes=int(peak[0]) if peak else 0,
         )
-
-    def restart_peak(self) -> bool:
-        # It holds for what is read through this descriptor.
-        if self._can_restart_peak:
-            self._counting[3].write(b"0")
-        return self._can_restart_peak
 
     def share_cpu(self, weight: int, quota: float | None) -> None:
         write_value(f"{self._path}/cpu.weight", min(10_000, max(1, weight)))
@@ -74,13 +65,7 @@ class GroupV2(Group):
 
     def _open_counters(self) -> list[KernelFile]:
         names = ["memory.events", "pids.events", "cpu.stat"]
-        files = [KernelFile(f"{self._path}/{name}") for name in names]
-        peak = f"{self._path}/memory.peak"  # Linux 5.19
-        if os.path.exists(peak):
-            # Linux 6.12 lets it be written, and has a mode that says so.
-            self._can_restart_peak = bool(os.stat(peak).st_mode & stat.S_IWUSR)
-            files.append(KernelFile(peak, os.O_RDWR if self._can_restart_peak else os.O_RDONLY))
-        return files
+        return [KernelFile(f"{self._path}/{name}") for name in names]
 
     def _write_memory(self, size_bytes: int, *, was_bytes: int) -> None:
         forbid_swap(f"{self._path}/memory.swap.max", 0)

@@ -21,6 +21,9 @@ from workers.frames import Decoder, FrameError, Message
 _UCRED = struct.Struct("3i")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_UCRED.size)
 _CHUNK_BYTES = 256 * 1024
+_received = memoryview(bytearray(_CHUNK_BYTES))
+"""What was read last, for all channels: they are read one after the other, in the loop's thread. A
+buffer for each read would be mapped and unmapped by the C library each time."""
 
 MessageCallback = Callable[[Message, int], None]
 ClosedCallback = Callable[[FrameError | None], None]
@@ -96,13 +99,13 @@ class Channel:
 
     def _receive(self) -> None:
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(_CHUNK_BYTES, _ANCILLARY_BYTES)
+            size, ancillary, flags, _ = self._sock.recvmsg_into([_received], _ANCILLARY_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
             self._end(FrameError(f"reading failed: {error.strerror}"))
             return
-        if not data:
+        if not size:
             self._end(None)
             return
         sender = _sender(ancillary)
@@ -115,7 +118,7 @@ class Channel:
             return
         violation: FrameError | None = None
         try:
-            messages = self._decoder.feed(data)
+            messages = self._decoder.feed(bytes(_received[:size]))
         except FrameError as error:
             messages, violation = error.messages, error
         for message in messages:

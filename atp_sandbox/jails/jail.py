@@ -29,6 +29,7 @@ from atp_sandbox.jails.farewell import Farewells
 from atp_sandbox.jails.inspection import what_is_wrong
 from atp_sandbox.jails.launch import allocate_id, launch, release_id
 from atp_sandbox.jails.output import OutputPipe
+from atp_sandbox.jails.permits import Permits
 from atp_sandbox.jails.processes import (
     ProcessHandle,
     descendants,
@@ -144,6 +145,8 @@ class Jail:
         self._fresh_slots: list[int] = []
         self._waiting_for_slot: list[tuple[str, int]] = []
         self._groups_to_give_back: dict[int, CallGroup] = {}
+        self._taken_back: dict[int, int] = {}
+        """Of each worker that there was at the end."""
         self._unknown: dict[int, set[int]] = {}
         """Children of the warden that nobody spoke for, and the workers that each might be: those
         that were starting when it was first seen."""
@@ -192,14 +195,33 @@ class Jail:
         token: bytes | None,
         sample: bool,
     ) -> None:
-        """Hand one call to a ready worker."""
+        """Hand one call to a worker, at the end of this turn; several at most if it has permits."""
         worker = self._workers.get(number)
-        if worker is not None and worker.channel is not None:
-            worker.owes_answer = True
-            if worker.group is not None and worker.has_served:
-                worker.group.restart()
-            worker.has_served = True
-            worker.channel.send(frames.encode("call", call_id, index, params, token, sample))
+        if worker is None or worker.channel is None:
+            return
+        if worker.group is not None and worker.has_served and not worker.handed:
+            worker.group.restart(counts_cpu=self._spec.limits.cpu_s is not None)
+        if not worker.due:
+            self._loop.call_last(lambda: self._send_due(worker))
+        worker.due.append(frames.encode("call", call_id, index, params, token, sample))
+        worker.handed.append(call_id)
+        worker.has_served = True
+
+    def _send_due(self, worker: Worker) -> None:
+        due, worker.due = worker.due, []
+        if not due or worker.channel is None or worker.channel.is_closed:
+            return
+        if worker.permits is not None:
+            worker.permits.grant(list(worker.handed)[-len(due) :])
+        worker.channel.send(due[0] if len(due) == 1 else b"".join(due))
+
+    def take_back(self, number: int) -> int:
+        """How many of the last calls handed to worker `number` it has not begun, and never will.
+
+        Also after the jail's end.
+        """
+        worker = self._workers.get(number)
+        return self._taken_back.pop(number, 0) if worker is None else worker.take_back()
 
     def take_output(self, number: int) -> str:
         """What worker `number` printed since the last time."""
@@ -277,6 +299,7 @@ class Jail:
         self._zygote_channel.close()
         self._close_network()
         for worker in self._workers.values():
+            self._taken_back[worker.number] = worker.take_back()
             worker.close()
         self.output.close()
         self._reap_builder()
@@ -674,19 +697,22 @@ class Jail:
             self._start(how, number, self._fresh_slots.pop())
 
     def _start(self, how: str, number: int, slot: int) -> None:
-        try:
-            output = OutputPipe(self._loop)
-        except OSError as error:
-            self._end(f"no descriptors for a worker: {error.strerror}")
-            return
+        ours = theirs = output = permits = None
         try:
             ours, theirs = channel_pair()
+            output = OutputPipe(self._loop)
+            if self._spec.calls_per_worker > 1:
+                permits = Permits()
         except OSError as error:
-            os.close(output.writer)
-            output.close()
+            for end in (ours, theirs, output):
+                if end is not None:
+                    end.close()
+            if output is not None:
+                os.close(output.writer)
             self._end(f"no descriptors for a worker: {error.strerror}")
             return
         worker = Worker(number, slot, output, is_zygote=how == "become")
+        worker.permits = permits
         self._workers[number] = worker
         limit = self._spec.limits.output_bytes + _FRAME_OVERHEAD_BYTES
         worker.channel = Channel(
@@ -697,14 +723,16 @@ class Jail:
             lambda error: self._on_worker_closed(worker, error),
         )
         ticket = "" if self._network is None else self._network.ticket(number)
-        self._zygote_channel.send(
-            frames.encode(how, number, slot, ticket), (theirs.detach(), worker.output.writer)
-        )
+        passed = [theirs.detach(), worker.output.writer]
+        if permits is not None:
+            passed.append(permits.for_worker)
+        self._zygote_channel.send(frames.encode(how, number, slot, ticket), passed)
 
     def _on_worker(self, worker: Worker, message: frames.Message, sender: int) -> None:
         if message[0] == "answer" and worker.inner_pid:
             _, call_id, kind, body = message
-            worker.owes_answer = False
+            if worker.handed:
+                worker.handed.popleft()
             self._listener.worker_answered(self, worker.number, call_id, kind, body)
         elif message[0] == "ready" and not worker.inner_pid and message[1] == worker.number:
             self._identify(worker, sender)
@@ -754,7 +782,9 @@ class Jail:
         limits = self._spec.limits
         try:
             worker.group = self._group.take_call(
-                memory_bytes=limits.memory_bytes, pids_max=limits.processes
+                memory_bytes=limits.memory_bytes,
+                pids_max=limits.processes,
+                counts_cpu=limits.cpu_s is not None,
             )
         except CgroupError as error:
             self._on_moved(worker, error)

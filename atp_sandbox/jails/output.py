@@ -31,12 +31,14 @@ class OutputPipe:
     def take(self) -> str:
         """What was printed since the last `take`, readable and with the cut marked; maybe empty."""
         self._on_ready(READ)
+        if not self._kept and not self._dropped_bytes:
+            return ""
         text = self._kept.decode("utf-8", "backslashreplace")
         if self._dropped_bytes:
             text += f"\n[{self._dropped_bytes} more bytes were printed and not kept]"
         self._kept.clear()
         self._dropped_bytes = 0
-        return printable(text, keep_newlines=True) if text else ""
+        return printable(text, keep_newlines=True)
 
     def close(self) -> None:
         """Drop the pipe; safe to call again."""

@@ -9,10 +9,12 @@ Every call that was submitted gets exactly one `Conclude`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from types import MappingProxyType
 
 from atp_sandbox.limits import Limits
 from atp_sandbox.outcome import Failure, Kind, Limit, Outcome
@@ -32,6 +34,13 @@ HUNG_UP_S = 2.0
 """From the end of a busy worker's channel to its exit; longer means that it closed it itself.
 
 Word of the exit usually comes within 2 ms; with seven times more to do than cores, within 0.5 s."""
+MAX_HANDED = 16
+"""Calls that a worker has at most: the one that runs and those that it goes on with by itself."""
+STUCK_S = 0.005
+"""A call that runs for longer gives up those behind it, and fewer are handed at a time; after each
+shorter one, more are."""
+PACK_S = 0.0005
+"""Calls that take less go to a worker that is awake before they wake another one."""
 _FIRST_RETRY_S = 0.1
 MAX_RETRY_S = 2.0
 """A failed fork costs a millisecond; a machine that can again is to be used soon."""
@@ -53,6 +62,7 @@ class Event(Enum):
     ASSIGNED = auto()
     ANSWERED = auto()
     ANSWERED_LAST = auto()
+    WITHDRAWN = auto()
     KILLED = auto()
 
 
@@ -62,31 +72,42 @@ NEXT_STATE: dict[State, dict[Event, State]] = {
     State.BUSY: {
         Event.ANSWERED: State.READY,
         Event.ANSWERED_LAST: State.ENDING,
+        Event.WITHDRAWN: State.READY,
         Event.KILLED: State.ENDING,
     },
     State.ENDING: {Event.KILLED: State.ENDING},
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StartWorker:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Assign:
     number: int
     call: Call
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End worker `number`; why is in the outcome that was concluded before."""
+@dataclass(slots=True)
+class Withdraw:
+    """Take back from worker `number` what it has not begun; `withdrawn` says what that was."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Kill:
+    """End worker `number`; why is in the outcome that was concluded before.
+
+    What it has not begun is taken back first, as by `Withdraw`.
+    """
+
+    number: int
+
+
+@dataclass(slots=True)
 class Conclude:
     """`call` is over; `number` is the worker it ran on, None if it never ran."""
 
@@ -95,18 +116,21 @@ class Conclude:
     number: int | None
 
 
-Command = StartWorker | Assign | Kill | Conclude
+Command = StartWorker | Assign | Withdraw | Kill | Conclude
 
 
 class _Worker:
-    __slots__ = ("assigned_at", "call", "number", "served", "state", "until")
+    __slots__ = ("began_at", "calls", "is_stuck", "number", "served", "state", "until")
 
     def __init__(self, number: int, until: float) -> None:
         self.number = number
         self.state = State.STARTING
-        self.call: Call | None = None
-        self.assigned_at: float | None = None
-        """When it was given its last call; None if it never had one."""
+        self.calls: deque[Call] = deque()
+        """The first runs; the others follow in this order."""
+        self.began_at: float | None = None
+        """When the call that runs, or ran last, began; None if there never was one."""
+        self.is_stuck = False
+        """Whether those behind the call that runs were asked back."""
         self.served = 0
         self.until: float | None = until
         """When the present state has lasted too long; None if it may last."""
@@ -142,12 +166,19 @@ class Pool:
             total = Shares(TOTAL_QUEUE, limits.queue, limits.queue_bytes)
         self._waiting = WaitingCalls(self._shares, total, toolkit)
         self._running: dict[int, _Worker] = {}
+        """Those that have calls."""
+        self._ending = 0
+        """How many of the workers are."""
         self._next_number = 1
         self._is_supplied = False
         self._refusal: Failure | None = None
         self._retry_s = _FIRST_RETRY_S
         self._resume_at: float | None = None
         self._mean_run_s = 0.1
+        self._is_handed_singly = self._calls_per_worker == 1
+        self._most_handed = 1.0
+        self._filling: _Worker | None = None
+        """The one that is being given calls."""
 
     # -- what the shell may ask --------------------------------------------------------------------
 
@@ -166,18 +197,25 @@ class Pool:
     def running_workers(self) -> Iterator[tuple[int, Call]]:
         """Worker number and call of all that run."""
         for number, worker in self._running.items():
-            assert worker.call is not None
-            yield number, worker.call
+            yield number, worker.calls[0]
 
     def call_of(self, number: int) -> Call | None:
-        """The call that worker `number` has."""
+        """The call that runs on worker `number`."""
         worker = self._workers.get(number)
-        return worker.call if worker else None
+        return worker.calls[0] if worker and worker.calls else None
+
+    def calls_of(self, number: int) -> list[Call]:
+        """The calls that worker `number` has; the first runs."""
+        worker = self._workers.get(number)
+        return list(worker.calls) if worker else []
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do."""
         moments = [w.until for w in self._workers.values() if w.until is not None]
-        moments += [w.call.deadline for w in self._running.values() if w.call is not None]
+        for worker in self._running.values():
+            moments += [call.deadline for call in worker.calls]
+            if len(worker.calls) > 1 and not worker.is_stuck:
+                moments.append(_since(worker) + STUCK_S)
         if self._waiting.next_deadline is not None:
             moments.append(self._waiting.next_deadline)
         if self._resume_at is not None:
@@ -198,8 +236,9 @@ class Pool:
         if call.deadline <= now:
             failure = verdict.timed_out(self._limits, was_running=False)
             return [*commands, Conclude(call, failure, None)]
-        if self._is_free:
-            commands.append(self._assign(call, now))
+        worker = None if self._waiting else self._free_worker()
+        if worker is not None:
+            commands.append(self._assign(worker, call, now))
             return commands + self._start_missing(now)
         limit = self._waiting.missing(call)
         if limit is not None:
@@ -212,14 +251,22 @@ class Pool:
         self._is_supplied = True
         return self._dispatch(now)
 
-    def supply_lost(self, reason: str, now: float) -> list[Command]:
-        """All workers are gone with what they came from; calls that wait go on waiting."""
+    def supply_lost(
+        self, reason: str, now: float, unbegun: Mapping[int, int] = MappingProxyType({})
+    ) -> list[Command]:
+        """All workers are gone with what they came from; calls that wait go on waiting.
+
+        `unbegun`: how many of the last calls of each worker had not begun.
+        """
         self._is_supplied = False
+        for number, count in unbegun.items():
+            self._put_back(number, count)
         commands: list[Command] = []
         for worker in list(self._workers.values()):
-            commands += self._conclude(worker, verdict.jail_lost(reason), now)
+            commands += self._conclude_all(worker, verdict.jail_lost(reason), now)
         self._workers.clear()
         self._ready.clear()
+        self._ending = 0
         return commands
 
     def refuse(self, failure: Failure | None) -> list[Command]:
@@ -238,9 +285,19 @@ class Pool:
         """End what runs: the server cannot wait for it."""
         commands: list[Command] = []
         for worker in list(self._running.values()):
-            commands += self._conclude(worker, verdict.interrupted(), now)
+            commands += self._conclude_all(worker, verdict.interrupted(), now)
             commands += self._kill(worker, now)
         return commands
+
+    def withdrawn(self, number: int, count: int, now: float) -> list[Command]:
+        """Worker `number` has not begun the last `count` of its calls, and never will."""
+        self._put_back(number, count)
+        return self._dispatch(now)
+
+    def hand_singly(self) -> None:
+        """From now on a worker gets a call only when it has none."""
+        self._is_handed_singly = True
+        self._most_handed = 1.0
 
     def worker_ready(self, number: int, now: float) -> list[Command]:
         """The worker's first word."""
@@ -251,17 +308,30 @@ class Pool:
         self._ready.append(worker)
         return self._dispatch(now)
 
-    def worker_answered(self, number: int, outcome: Outcome, now: float) -> list[Command]:
-        """One well-formed answer to the call that the worker has."""
+    def handed(self, number: int, now: float) -> None:
+        """A call that was assigned to the worker goes out to it."""
+        worker = self._workers.get(number)
+        if worker is not None and len(worker.calls) == 1:
+            worker.began_at = now
+
+    def worker_answered(
+        self, number: int, outcome: Outcome, now: float, came_at: float | None = None
+    ) -> list[Command]:
+        """One well-formed answer to the call that the worker has; it came at `came_at`, if not now.
+
+        What a call takes is known better so while we are busier than the workers.
+        """
         worker = self._workers.get(number)
         if worker is None or worker.state is not State.BUSY:
             return []
         worker.served += 1
-        is_last = worker.served >= self._calls_per_worker
-        commands = self._conclude(worker, outcome, now)
-        if is_last:
+        commands = self._conclude(worker, outcome, now if came_at is None else came_at)
+        if len(worker.calls) > self._most_handed / 2 and worker.served < self._calls_per_worker:
+            return commands  # no room has come up
+        if worker.served >= self._calls_per_worker:
+            self._ending += 1
             worker.move(Event.ANSWERED_LAST, now + END_S)
-        else:
+        elif not worker.calls:
             worker.move(Event.ANSWERED)
             self._ready.append(worker)
         return commands + self._dispatch(now)
@@ -284,15 +354,23 @@ class Pool:
         worker.until = now + HUNG_UP_S
         return []
 
-    def worker_exited(self, number: int, failure: Failure, now: float) -> list[Command]:
-        """The worker's process is gone for good; `failure` is for a call that it still had."""
+    def worker_exited(
+        self, number: int, failure: Failure, now: float, unbegun: int = 0
+    ) -> list[Command]:
+        """The worker's process is gone for good; `failure` is for a call that it still had.
+
+        The last `unbegun` of its calls wait again.
+        """
+        self._put_back(number, unbegun)
         worker = self._workers.pop(number, None)
         if worker is None:
             return []
-        commands = self._conclude(worker, failure, now)
+        commands = self._conclude_all(worker, failure, now)
         if worker.state is State.READY:
             self._ready.remove(worker)
-        if worker.state is not State.ENDING:
+        if worker.state is State.ENDING:
+            self._ending -= 1
+        else:
             self._note_end(worker, now)
         return commands + self._dispatch(now)
 
@@ -300,23 +378,44 @@ class Pool:
         """Time has passed."""
         commands: list[Command] = []
         for worker in list(self._workers.values()):
-            if worker.call is not None and worker.call.deadline <= now:
+            if any(call.deadline <= now for call in worker.calls):
+                # One behind the first was to be withdrawn long ago: it was taken and not answered.
                 failure = verdict.timed_out(self._limits, was_running=True)
                 commands += self._conclude(worker, failure, now)
                 commands += self._kill(worker, now)
             elif worker.until is not None and worker.until <= now:
                 commands += self._conclude(worker, verdict.broke_rules(), now)
                 commands += self._kill(worker, now)
+            elif len(worker.calls) > 1 and not worker.is_stuck and _since(worker) + STUCK_S <= now:
+                worker.is_stuck = True
+                self._note_run(now - _since(worker))
+                commands.append(Withdraw(worker.number))
         if self._resume_at is not None and self._resume_at <= now:
             self._resume_at = None
         return commands + self._dispatch(now)
 
     # -- within ------------------------------------------------------------------------------------
 
-    @property
-    def _is_free(self) -> bool:
-        """Whether a call can go to a worker without waiting."""
-        return bool(self._ready) and len(self._running) < self._limits.concurrency
+    def _free_worker(self) -> _Worker | None:
+        """One that can be given a call now."""
+        is_ready = bool(self._ready) and len(self._running) < self._limits.concurrency
+        if self._most_handed >= 2 and not (is_ready and self._mean_run_s > PACK_S):
+            for worker in self._running.values():
+                if self._has_room(worker):
+                    self._filling = worker
+                    return worker
+        return self._ready[-1] if is_ready else None
+
+    def _has_room(self, worker: _Worker) -> bool:
+        """Whether a busy worker can be handed another call, in batches while it has some left."""
+        has = len(worker.calls)
+        return (
+            has < self._most_handed
+            and (has <= self._most_handed / 2 or worker is self._filling)
+            and worker.served + has < self._calls_per_worker
+            and worker.state is State.BUSY
+            and not worker.is_stuck
+        )
 
     def _expire(self, now: float) -> list[Command]:
         expired = self._waiting.take_expired(now)
@@ -327,18 +426,19 @@ class Pool:
 
     def _dispatch(self, now: float) -> list[Command]:
         commands = self._expire(now)
-        while self._waiting and self._is_free:
-            commands.append(self._assign(self._waiting.take_next(), now))
+        self._filling = None
+        while self._waiting and (worker := self._free_worker()) is not None:
+            commands.append(self._assign(worker, self._waiting.take_next(), now))
         return commands + self._start_missing(now)
 
-    def _assign(self, call: Call, now: float) -> Command:
-        worker = self._ready.popleft()
-        call.worker = worker.number
-        worker.call = call
-        worker.assigned_at = now
-        worker.move(Event.ASSIGNED)
-        self._retry_s = _FIRST_RETRY_S
-        self._running[worker.number] = worker
+    def _assign(self, worker: _Worker, call: Call, now: float) -> Command:
+        worker.calls.append(call)
+        if worker.state is State.READY:
+            self._ready.pop()
+            worker.began_at = now
+            worker.move(Event.ASSIGNED)
+            self._retry_s = _FIRST_RETRY_S
+            self._running[worker.number] = worker
         return Assign(worker.number, call)
 
     def _start_missing(self, now: float) -> list[Command]:
@@ -358,38 +458,74 @@ class Pool:
 
     def _missing_workers(self) -> int:
         """How many to start: enough for all that wait and some ahead, within the limit."""
-        if self._refusal is not None:
-            return 0
-        live = sum(1 for w in self._workers.values() if w.state is not State.ENDING)
-        spare = live - len(self._running)
-        wanted = self._ahead + len(self._waiting) - spare
+        live = len(self._workers) - self._ending
         room = self._limits.concurrency + self._ahead - live
+        if room <= 0 or self._refusal is not None:
+            return 0
+        spare = live - len(self._running)
+        wanted = self._ahead + math.ceil(len(self._waiting) / self._most_handed) - spare
         # Those that are ending still hold a scratch slot.
         slots = 2 * self._limits.concurrency + self._ahead - len(self._workers)
         return max(0, min(wanted, room, slots))
 
     def _conclude(self, worker: _Worker, outcome: Outcome, now: float) -> list[Command]:
-        call, worker.call = worker.call, None
-        if call is None:
+        """The call that runs is over, and the next one has begun."""
+        if not worker.calls:
             return []
-        del self._running[worker.number]
-        assert worker.assigned_at is not None
-        self._mean_run_s += (now - worker.assigned_at - self._mean_run_s) / 16
+        call = worker.calls.popleft()
+        if not worker.calls:
+            del self._running[worker.number]
+        self._note_run(now - _since(worker))
+        worker.began_at, worker.is_stuck = now, False
         return [Conclude(call, outcome, worker.number)]
+
+    def _note_run(self, seconds: float) -> None:
+        self._mean_run_s += (max(0.0, seconds) - self._mean_run_s) / 16
+        if self._is_handed_singly:
+            return
+        if seconds > STUCK_S:
+            self._most_handed = max(1.0, self._most_handed / 2)
+        elif self._most_handed < MAX_HANDED:
+            self._most_handed += 1 / 8
+
+    def _put_back(self, number: int, count: int) -> None:
+        """The last `count` calls of a worker have not begun, and it will not begin them."""
+        worker = self._workers.get(number)
+        if worker is None or not worker.calls:
+            return
+        for _ in range(min(count, len(worker.calls))):
+            self._waiting.put_back(worker.calls.pop())
+        if not worker.calls:
+            del self._running[number]
+            if worker.state is State.BUSY:
+                worker.move(Event.WITHDRAWN)
+                self._ready.append(worker)
+
+    def _conclude_all(self, worker: _Worker, outcome: Outcome, now: float) -> list[Command]:
+        commands: list[Command] = []
+        while worker.calls:
+            commands += self._conclude(worker, outcome, now)
+        return commands
 
     def _kill(self, worker: _Worker, now: float) -> list[Command]:
         if worker.state is State.READY:
             self._ready.remove(worker)
         if worker.state is not State.ENDING:
+            self._ending += 1
             self._note_end(worker, now)
         worker.move(Event.KILLED, now + END_S)
         return [Kill(worker.number)]
 
     def _note_end(self, worker: _Worker, now: float) -> None:
         """Failing to start is not crashing: wait, so as not to spin, and try again."""
-        if worker.assigned_at is None:
+        if worker.began_at is None:
             self._resume_at = now + self._retry_s
             self._retry_s = min(MAX_RETRY_S, self._retry_s * 2)
+
+
+def _since(worker: _Worker) -> float:
+    assert worker.began_at is not None
+    return worker.began_at
 
 
 UNAVAILABLE_STOPPED = Failure(Kind.UNAVAILABLE, "The toolkit stopped serving.")

@@ -58,22 +58,32 @@ class _Bound:
     def take(self, member: str, amount: int) -> None:
         own = self._own(member, amount)
         self._from_part[member] = self._from_part.get(member, 0) + own
-        self._from_common[member] = self._from_common.get(member, 0) + amount - own
         self._parts_used += own
-        self._common_used += amount - own
+        rest = amount - own
+        if rest:
+            self._from_common[member] = self._from_common.get(member, 0) + rest
+            self._common_used += rest
 
     def give_back(self, member: str, amount: int) -> None:
         # The common half first: it is of use to all.
-        rest = min(amount, self._from_common.get(member, 0))
-        self._from_common[member] = self._from_common.get(member, 0) - rest
-        self._from_part[member] = self._from_part.get(member, 0) - (amount - rest)
-        self._common_used -= rest
-        self._parts_used -= amount - rest
+        own, rest = amount, 0
+        if common := self._from_common.get(member, 0):
+            rest = min(amount, common)
+            own = amount - rest
+            self._from_common[member] = common - rest
+            self._common_used -= rest
+        self._from_part[member] = self._from_part.get(member, 0) - own
+        self._parts_used -= own
 
     def _own(self, member: str, amount: int) -> int:
         """How much of `amount` comes from the member's part."""
         left = self._part - self._from_part.get(member, 0)
-        return max(0, min(amount, left, self._set_aside - self._parts_used))
+        aside = self._set_aside - self._parts_used
+        if left > aside:
+            left = aside
+        if left >= amount:
+            return amount
+        return left if left > 0 else 0
 
 
 class Shares:

@@ -17,7 +17,7 @@ from atp_sandbox.scheduling.shares import Shares
 class Call:
     """One call as the pool sees it; `payload` is the shell's."""
 
-    __slots__ = ("deadline", "payload", "received_at", "size_bytes", "tool", "worker")
+    __slots__ = ("deadline", "payload", "received_at", "size_bytes", "tool")
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class Call:
         self.received_at = received_at
         self.deadline = deadline
         self.size_bytes = size_bytes
-        self.worker: int | None = None
 
 
 class WaitingCalls:
@@ -71,6 +70,20 @@ class WaitingCalls:
         if call.tool not in self._tools:
             self._tools[call.tool] = deque()
         self._tools[call.tool].append(call)
+        self._count += 1
+        self._earliest = min(self._earliest, call.deadline)
+
+    def put_back(self, call: Call) -> None:
+        """A call that was taken and did not begin waits again, before all others.
+
+        It was within the bounds before, so it may go beyond them now.
+        """
+        self._own.take(call.tool, call.size_bytes)
+        self._total.take(self._toolkit, call.size_bytes)
+        if call.tool not in self._tools:
+            self._tools[call.tool] = deque()
+        self._tools[call.tool].appendleft(call)
+        self._tools.move_to_end(call.tool, last=False)
         self._count += 1
         self._earliest = min(self._earliest, call.deadline)
 
