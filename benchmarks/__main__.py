@@ -63,6 +63,9 @@ _NAMES = "\n".join(f"      {name:11} {told}" for name, (_, told) in SECTIONS.ite
 def main(
     names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, quick: bool
 ) -> None:
+    if plot_dir is not None:
+        from benchmarks import plots  # only this needs matplotlib; better told now than at the end
+
     found = surroundings()
     began = time.monotonic()
     sections: dict[str, Section] = {}
@@ -89,10 +92,6 @@ def main(
         click.echo(verdicts_table(told))
     if quick:
         click.echo("\nThis was a smoke test: its figures say nothing of speed.")
-    if plot_dir is not None:
-        from benchmarks import plots  # matplotlib takes a second, and only this needs it
-
-        click.echo("\n" + "\n".join(str(file) for file in plots.draw(sections, plot_dir)))
     if json_file is not None:
         whole = {
             "surroundings": {**found, "seconds": round(time.monotonic() - began, 1)},
@@ -101,6 +100,8 @@ def main(
             "targets": [{**asdict(v), "is_met": v.is_met} for v in verdicts],
         }
         json_file.write_text(json.dumps(whole, indent=1))
+    if plot_dir is not None:
+        click.echo("\n" + "\n".join(str(file) for file in plots.draw(sections, plot_dir)))
 
 
 if __name__ == "__main__":
