@@ -624,6 +624,8 @@ class ServedToolkit:
                     printed = log.without(printed, other.payload.secrets())
                 self._pool.hand_singly()
             outcome = self._end_egress(jail, ran_on, payload, outcome)
+            if self.lifetime.kind is LifetimeKind.CALL:
+                jail.dismiss(ran_on)
         self._listener.call_finished(payload, outcome, printed)
         self._note_end(outcome, has_run=ran_on is not None)
 

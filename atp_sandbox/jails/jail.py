@@ -228,6 +228,13 @@ class Jail:
         worker = self._workers.get(number)
         return worker.output.take() if worker else ""
 
+    def dismiss(self, number: int) -> None:
+        """Nothing that worker `number` may still say or print is of interest; only its exit is."""
+        worker = self._workers.get(number)
+        if worker is not None and worker.exited is None and worker.channel is not None:
+            worker.channel.close()
+            worker.output.close()
+
     def measure_scratch(self, number: int, then: Callable[[bool], None]) -> None:
         """`then(is_full)` once the warden has looked; never if the jail ends before."""
         worker = self._workers[number]
