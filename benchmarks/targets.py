@@ -105,6 +105,12 @@ TARGETS = (
         ("peers", "mp.Pool warm", AT_16, RATE),
     ),
     Target(
+        "… against warm billiard without callers that wait (callbacks)",
+        1.5,
+        ("peers", "sandbox calls:1000", AT_16, RATE),
+        ("peers", "billiard warm, callbacks", AT_16, RATE),
+    ),
+    Target(
         "`call` p50 with one outstanding and a worker ready, against `calls:1000`",
         1.3,
         ("throughput", "call", APART, P50),
