@@ -551,8 +551,11 @@ class ServedToolkit:
         self._listener.call_starting(
             payload,
             lambda: self._hand_over(number, payload) if is_still_due() else None,
-            lambda failure: self._stop(number, failure) if is_still_due() else None,
+            lambda failure: self._refuse(number, call, failure) if is_still_due() else None,
         )
+
+    def _refuse(self, number: int, call: pool.Call, failure: Failure) -> None:
+        self._obey(self._pool.refused(number, call, failure, self._loop.now()))
 
     def _new_call_id(self) -> bytes:
         """Random, and drawn many at a time: each draw is a system call."""
@@ -631,11 +634,9 @@ class ServedToolkit:
 
     def _note_end(self, outcome: Outcome, *, has_run: bool) -> None:
         now = self._loop.now()
-        failed = outcome.kind if isinstance(outcome, Failure) else None
-        # One that its worker was not handed, since the journal cannot be written, is unavailable.
-        if not has_run or self.state is not State.SERVING or failed is Kind.UNAVAILABLE:
+        if not has_run or self.state is not State.SERVING:
             self.quarantine.call_vanished()
-        elif failed is Kind.CRASHED:
+        elif isinstance(outcome, Failure) and outcome.kind is Kind.CRASHED:
             self._note_quarantine(self.quarantine.worker_crashed(now))
         elif self.quarantine.worker_survived(now):
             log.emit(log.INFO, "toolkit_restored", "back in service", toolkit=self.name)

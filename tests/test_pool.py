@@ -236,6 +236,20 @@ class PoolMachine(RuleBasedStateMachine):
         if number is not None:
             self.pool.handed(number, self.now)
 
+    @rule(index=st.integers(0), place=st.integers(0))
+    def refused(self, index: int, place: int) -> None:
+        number = self.some(index, "busy")
+        if number is not None:
+            calls = self.running[number]
+            call = calls.pop(place % len(calls))
+            self.used[number] -= 1
+            if not calls:
+                del self.running[number]
+                self.workers[number] = "ready"
+            commands = self.pool.refused(number, call, STOPPED, self.now)
+            assert commands[0] == Conclude(call, STOPPED, None)
+            self.obey(commands)
+
     @rule(index=st.integers(0))
     def exited(self, index: int) -> None:
         number = self.some(index, "starting", "ready", "busy", "ending", "hung up")
@@ -624,3 +638,33 @@ def test_the_table_of_a_workers_life_has_no_way_back_from_its_end() -> None:
     assert set(NEXT_STATE) == set(State)
     assert set(NEXT_STATE[State.ENDING].values()) == {State.ENDING}
     assert all(Event.KILLED in row for row in NEXT_STATE.values())
+
+
+def test_a_call_that_expires_behind_another_one_costs_that_one_nothing() -> None:
+    shell = Shell("calls:9", concurrency=1)
+    shell.up(0)
+    shell.pool._most_handed = 4.0
+    first, second = shell.call(1.0), shell.call(0.0)
+    (assigned,) = [c for c in shell.pool.submit(first, 1.0) if isinstance(c, Assign)]
+    shell.pool.submit(second, 1.0)
+    shell.pool.handed(assigned.number, TIME_S - 0.001)
+    assert shell.pool.calls_of(assigned.number) == [first, second]
+    (asked_back,) = shell.pool.tick(TIME_S)
+    assert asked_back == Withdraw(assigned.number)
+    commands = shell.pool.withdrawn(assigned.number, 1, TIME_S)
+    assert [c.call for c in commands if isinstance(c, Conclude)] == [second]
+    assert kinds(commands) == ["timeout"]
+    assert shell.pool.call_of(assigned.number) is first
+
+
+def test_a_worker_that_keeps_calls_that_it_does_not_come_to_is_ended() -> None:
+    shell = Shell("calls:9", concurrency=1)
+    shell.up(0)
+    shell.pool._most_handed = 4.0
+    first, second = shell.call(1.0), shell.call(0.0)
+    (assigned,) = [c for c in shell.pool.submit(first, 1.0) if isinstance(c, Assign)]
+    shell.pool.submit(second, 1.0)
+    assert shell.pool.tick(TIME_S - 0.1) == [Withdraw(assigned.number)]
+    commands = shell.pool.tick(TIME_S)
+    assert kinds(commands) == ["crashed"]
+    assert numbers(commands, Kill) == [assigned.number]

@@ -294,6 +294,15 @@ class Pool:
         self._put_back(number, count)
         return self._dispatch(now)
 
+    def refused(self, number: int, call: Call, failure: Failure, now: float) -> list[Command]:
+        """`call` was assigned to worker `number` and may not be handed to it."""
+        worker = self._workers.get(number)
+        if worker is None or call not in worker.calls:
+            return []
+        worker.calls.remove(call)
+        self._note_if_free(worker)
+        return [Conclude(call, failure, None), *self._dispatch(now)]
+
     def hand_singly(self) -> None:
         """From now on a worker gets a call only when it has none."""
         self._is_handed_singly = True
@@ -378,18 +387,15 @@ class Pool:
         """Time has passed."""
         commands: list[Command] = []
         for worker in list(self._workers.values()):
-            if any(call.deadline <= now for call in worker.calls):
-                # One behind the first was to be withdrawn long ago: it was taken and not answered.
+            if worker.calls and worker.calls[0].deadline <= now:
                 failure = verdict.timed_out(self._limits, was_running=True)
                 commands += self._conclude(worker, failure, now)
                 commands += self._kill(worker, now)
             elif worker.until is not None and worker.until <= now:
                 commands += self._conclude(worker, verdict.broke_rules(), now)
                 commands += self._kill(worker, now)
-            elif len(worker.calls) > 1 and not worker.is_stuck and _since(worker) + STUCK_S <= now:
-                worker.is_stuck = True
-                self._note_run(now - _since(worker))
-                commands.append(Withdraw(worker.number))
+            elif len(worker.calls) > 1:
+                commands += self._look_behind(worker, now)
         if self._resume_at is not None and self._resume_at <= now:
             self._resume_at = None
         return commands + self._dispatch(now)
@@ -479,6 +485,21 @@ class Pool:
         worker.began_at, worker.is_stuck = now, False
         return [Conclude(call, outcome, worker.number)]
 
+    def _look_behind(self, worker: _Worker, now: float) -> list[Command]:
+        """Ask back those behind the call that runs, once: when it takes long, or they expire."""
+        is_due = any(call.deadline <= now for call in worker.calls)
+        if not worker.is_stuck:
+            is_slow = _since(worker) + STUCK_S <= now
+            if is_slow:
+                self._note_run(now - _since(worker))
+            if is_slow or is_due:
+                worker.is_stuck = True
+                return [Withdraw(worker.number)]
+        elif is_due:
+            # It took one that it does not come to: no worker of ours does.
+            return [*self._conclude(worker, verdict.broke_rules(), now), *self._kill(worker, now)]
+        return []
+
     def _note_run(self, seconds: float) -> None:
         self._mean_run_s += (max(0.0, seconds) - self._mean_run_s) / 16
         if self._is_handed_singly:
@@ -495,8 +516,11 @@ class Pool:
             return
         for _ in range(min(count, len(worker.calls))):
             self._waiting.put_back(worker.calls.pop())
+        self._note_if_free(worker)
+
+    def _note_if_free(self, worker: _Worker) -> None:
         if not worker.calls:
-            del self._running[number]
+            del self._running[worker.number]
             if worker.state is State.BUSY:
                 worker.move(Event.WITHDRAWN)
                 self._ready.append(worker)
