@@ -94,6 +94,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.used: dict[int, int] = {}
         """How many calls each worker was given and did not give back."""
         self.is_supplied = False
+        self.is_refused = False
         self.begun = begun
         self.put_back = 0
         """Calls that waited again: the queue may be fuller by so many."""
@@ -184,17 +185,19 @@ class PoolMachine(RuleBasedStateMachine):
         commands = self.pool.supply_lost("it fell", self.now, unbegun)
         self.obey(commands)
         assert self.running == {}
-        assert self.pool.waiting == waiting + sum(unbegun.values())
+        assert self.pool.waiting == (0 if self.is_refused else waiting + sum(unbegun.values()))
         self.workers = dict.fromkeys(self.workers, "gone")
 
     @rule()
     def refuse(self) -> None:
         self.obey(self.pool.refuse(STOPPED))
+        self.is_refused = True
         assert self.pool.waiting == 0
 
     @rule()
     def take_again(self) -> None:
         self.obey(self.pool.refuse(None))
+        self.is_refused = False
 
     @rule(index=st.integers(0))
     def ready(self, index: int) -> None:
@@ -305,6 +308,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.is_idle == (not self.open)
         assert dict(self.pool.running_workers()) == {n: c[0] for n, c in self.running.items()}
         assert all(self.pool.calls_of(number) == calls for number, calls in self.running.items())
+
+    @invariant()
+    def nothing_waits_while_calls_are_refused(self) -> None:
+        assert not (self.is_refused and self.pool.waiting)
 
     @invariant()
     def a_free_worker_and_a_waiting_call_do_not_both_wait(self) -> None:

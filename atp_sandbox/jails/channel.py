@@ -102,6 +102,9 @@ class Channel:
             size, ancillary, flags, _ = self._sock.recvmsg_into([_received], _ANCILLARY_BYTES)
         except BlockingIOError:
             return
+        except ConnectionResetError:
+            self._end(None)  # it ended, and had not read all that it was sent
+            return
         except OSError as error:
             self._end(FrameError(f"reading failed: {error.strerror}"))
             return

@@ -259,9 +259,9 @@ class Pool:
         `unbegun`: how many of the last calls of each worker had not begun.
         """
         self._is_supplied = False
-        for number, count in unbegun.items():
-            self._put_back(number, count)
         commands: list[Command] = []
+        for number, count in unbegun.items():
+            commands += self._put_back(number, count)
         for worker in list(self._workers.values()):
             commands += self._conclude_all(worker, verdict.jail_lost(reason), now)
         self._workers.clear()
@@ -291,8 +291,7 @@ class Pool:
 
     def withdrawn(self, number: int, count: int, now: float) -> list[Command]:
         """Worker `number` has not begun the last `count` of its calls, and never will."""
-        self._put_back(number, count)
-        return self._dispatch(now)
+        return self._put_back(number, count) + self._dispatch(now)
 
     def refused(self, number: int, call: Call, failure: Failure, now: float) -> list[Command]:
         """`call` was assigned to worker `number` and may not be handed to it."""
@@ -370,11 +369,11 @@ class Pool:
 
         The last `unbegun` of its calls wait again.
         """
-        self._put_back(number, unbegun)
+        commands = self._put_back(number, unbegun)
         worker = self._workers.pop(number, None)
         if worker is None:
             return []
-        commands = self._conclude_all(worker, failure, now)
+        commands += self._conclude_all(worker, failure, now)
         if worker.state is State.READY:
             self._ready.remove(worker)
         if worker.state is State.ENDING:
@@ -509,14 +508,15 @@ class Pool:
         elif self._most_handed < MAX_HANDED:
             self._most_handed += 1 / 8
 
-    def _put_back(self, number: int, count: int) -> None:
+    def _put_back(self, number: int, count: int) -> list[Command]:
         """The last `count` calls of a worker have not begun, and it will not begin them."""
         worker = self._workers.get(number)
         if worker is None or not worker.calls:
-            return
+            return []
         for _ in range(min(count, len(worker.calls))):
             self._waiting.put_back(worker.calls.pop())
         self._note_if_free(worker)
+        return [] if self._refusal is None else self.dismiss(self._refusal)
 
     def _note_if_free(self, worker: _Worker) -> None:
         if not worker.calls:
