@@ -46,6 +46,7 @@ _FIRST_RESTART_S = 0.1
 _MAX_RESTART_S = 30.0
 _STABLE_S = 10.0
 _CALL_IDS = 64
+_START_LATER_S = 0.002
 _SLOW_LOOK_S = 0.5
 """Between two looks at scratch that the kernel does not limit, and at a zygote that serves."""
 
@@ -128,6 +129,8 @@ class ServedToolkit:
         self._following: dict[int, list[Callable[[], None]]] = {}
         """What came from each worker whose scratch is looked at, for the answer before that."""
         self._is_timer_due = False
+        self._to_start: list[int] = []
+        """Workers of the present jail that are to be started soon."""
         self._call_ids: list[bytes] = []
         self._up_since = 0.0
         self._next_slow_look = 0.0
@@ -387,6 +390,7 @@ class ServedToolkit:
                 unbegun = {n: self._take_back(jail, n) for n, _ in self._pool.running_workers()}
                 self._obey(self._pool.supply_lost(reason, now, unbegun))
                 self._following.clear()
+                self._to_start.clear()
                 self._note_quarantine(self.quarantine.jail_crashed(now))
                 if now - self._up_since > _STABLE_S:
                     self._restart_s = _FIRST_RESTART_S
@@ -512,6 +516,9 @@ class ServedToolkit:
                     self._assign(number, call)
                 case pool.Conclude(call, outcome, ran_on):
                     self._conclude(call, outcome, ran_on)
+                    if self._to_start:
+                        # After the link, which writes at the end of this turn.
+                        self._loop.call_soon(lambda: self._loop.call_last(self._start_due))
                 case pool.StartWorker(number):
                     self._start_worker(number)
                 case pool.Withdraw(number):
@@ -534,7 +541,22 @@ class ServedToolkit:
                 log.emit(log.ERROR, "jail_failed", reason, toolkit=self.name)
                 failure = verdict.jail_lost(reason)
                 self._obey(self._pool.worker_exited(number, failure, self._loop.now()))
-        elif self._main is not None:
+        elif self._pool.waiting or not self._pool.running:
+            self._start_now(number)
+        else:
+            # It would compete with the call that has just been assigned, for which it is no help.
+            if not self._to_start:
+                self._loop.call_later(_START_LATER_S, self._start_due)
+            self._to_start.append(number)
+
+    def _start_due(self) -> None:
+        """Once a call has ended and its answer is on its way, or a little later."""
+        due, self._to_start = self._to_start, []
+        for number in due:
+            self._start_now(number)
+
+    def _start_now(self, number: int) -> None:
+        if self._main is not None:
             self._main.start_worker(number)
 
     def _assign(self, number: int, call: pool.Call) -> None:
