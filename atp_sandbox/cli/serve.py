@@ -179,7 +179,7 @@ def _look_rarely_for_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    gc.set_threshold(10_000, 10, 10)
 
 
 def _raise_descriptor_limit() -> None:

@@ -90,6 +90,8 @@ class Channel:
         self._fd = -1
         self._sock.close()
         self._drop_outgoing()
+        # They know their owner, who knows us: a circle that would wait for the garbage collector.
+        self._on_message, self._on_closed = _ignore, _ignore
 
     def _on_ready(self, events: int) -> None:
         if events & WRITE and not self.is_closed:
@@ -169,8 +171,12 @@ class Channel:
         self._outgoing.clear()
 
     def _end(self, reason: FrameError | None) -> None:
+        on_closed = self._on_closed
         self.close()
-        self._on_closed(reason)
+        on_closed(reason)
+
+
+def _ignore(*_: object) -> None: ...
 
 
 def _sender(ancillary: list[tuple[int, int, bytes]]) -> int | None:

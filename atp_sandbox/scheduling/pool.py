@@ -409,7 +409,10 @@ class Pool:
                 if self._has_room(worker):
                     self._filling = worker
                     return worker
-        return self._ready[-1] if is_ready else None
+        if not is_ready:
+            return None
+        # The one that served last has everything at hand; of those that never served, the oldest.
+        return self._ready[-1] if self._calls_per_worker > 1 else self._ready[0]
 
     def _has_room(self, worker: _Worker) -> bool:
         """Whether a busy worker can be handed another call, in batches while it has some left."""
@@ -439,7 +442,7 @@ class Pool:
     def _assign(self, worker: _Worker, call: Call, now: float) -> Command:
         worker.calls.append(call)
         if worker.state is State.READY:
-            self._ready.pop()
+            self._ready.remove(worker)
             worker.began_at = now
             worker.move(Event.ASSIGNED)
             self._retry_s = _FIRST_RETRY_S
