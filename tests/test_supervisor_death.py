@@ -113,7 +113,11 @@ def left_of(serve: Serving, folder: Path) -> list[str]:
 
 def left_of_groups(pid: int) -> list[str]:
     tops = [Path(top, "atp-sandbox") for top in set(detect().directories.values())]
-    return [str(path) for top in tops for path in top.glob(f"{pid}-*")]
+    found: list[str] = []
+    for top in tops:
+        with contextlib.suppress(FileNotFoundError):  # it goes with the last one in it
+            found += [str(top / name) for name in os.listdir(top) if name.startswith(f"{pid}-")]
+    return found
 
 
 def kill(serve: Serving, folder: Path) -> None:
